@@ -1,0 +1,54 @@
+"""LLMs over Polars columns: one offline batch job per column, never paid for twice.
+
+>>> import polars as pl
+>>> import polars_llm as pllm  # registers .llm on DataFrame, LazyFrame, Expr and Series
+"""
+
+from __future__ import annotations
+
+from polars_llm.config import Config
+from polars_llm.errors import (
+    AccountError,
+    BudgetExceeded,
+    CacheCorrupt,
+    CacheError,
+    CacheUnsafe,
+    InvalidRequest,
+    JobsPending,
+    LLMWarning,
+    ModelNotChosen,
+    PolarsLLMError,
+    ProviderError,
+    RequestsFailed,
+    ResultsGone,
+    UnansweredInput,
+)
+from polars_llm.models import OpenAI
+from polars_llm.namespace import register
+from polars_llm.operate import abandon, cancel, jobs, recover, results
+
+__all__ = [
+    "AccountError",
+    "BudgetExceeded",
+    "CacheCorrupt",
+    "CacheError",
+    "CacheUnsafe",
+    "Config",
+    "InvalidRequest",
+    "JobsPending",
+    "LLMWarning",
+    "ModelNotChosen",
+    "OpenAI",
+    "PolarsLLMError",
+    "ProviderError",
+    "RequestsFailed",
+    "ResultsGone",
+    "UnansweredInput",
+    "abandon",
+    "cancel",
+    "jobs",
+    "recover",
+    "results",
+]
+
+register()

@@ -1,0 +1,272 @@
+"""The Chat Completions wire form: options -> body, result lines -> answers. Pure; no SDK, no network."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import polars as pl
+
+from polars_llm.answer import ACCOUNT, DONE, FAILED, RETRY
+from polars_llm.backends.base import Options, verdict
+from polars_llm.errors import InvalidRequest
+from polars_llm.request import Json, Requests, canonical, custom_ids, key_from_custom_id
+
+__all__ = ["ENDPOINT", "REPLY_SCHEMA", "body", "custom_ids_of", "parse_lines", "read_reply", "render"]
+
+ENDPOINT = "/v1/chat/completions"
+
+# Fields that we write ourselves: one in `params` would contradict the column.
+_OURS = frozenset({"model", "messages", "stream", "n"})
+
+
+def body(options: Options) -> dict[str, Json]:
+    """Fields of the request body beside model and messages; nothing that the user did not set.
+
+    Raises
+    ------
+    InvalidRequest
+        At call: a field in `params` that the library writes itself, or that is set twice.
+    """
+    fields: dict[str, Any] = {
+        "max_completion_tokens": options.max_tokens,
+        "temperature": options.temperature,
+        "top_p": options.top_p,
+        "stop": options.stop,
+        "seed": options.seed,
+        "reasoning_effort": options.reasoning_effort,
+    }
+    chosen = {name: value for name, value in fields.items() if value is not None}
+    for name in options.params:
+        if name in _OURS or name in chosen:
+            raise InvalidRequest(
+                f"params={{{name!r}: ...}} is set by the verb itself",
+                hint=f"leave {name!r} out of params. Nothing was sent.",
+            )
+    result = canonical({**chosen, **options.params})
+    assert isinstance(result, dict)
+    return result
+
+
+def render(requests: Requests) -> Iterator[bytes]:
+    """Request lines of a batch file, in the order of the rows.
+
+    The constant parts are encoded once; only the texts are encoded per row (one pass of msgspec).
+    """
+    header = requests.header
+    encode = msgspec.json.Encoder().encode
+    for part in requests.frame.iter_slices(10_000):
+        ids = part.select(custom_ids(pl.col("key"))).to_series().to_list()
+        start = b'","method":"POST","url":' + encode(header.endpoint) + b',"body":{"model":'
+        start += encode(header.model) + b',"messages":'
+        rows = zip(ids, _messages(part), _tails(header.body, part), strict=True)
+        for name, messages, tail in rows:
+            yield b'{"custom_id":"' + name.encode() + start + messages + tail
+
+
+def _messages(part: pl.DataFrame) -> Iterator[bytes]:
+    encode = msgspec.json.Encoder().encode
+    columns = (part["prompt"].to_list(), part["kind"].to_list(), part["system"].to_list())
+    for prompt, kind, system in zip(*columns, strict=True):
+        if kind == "m":
+            first = [b'{"role":"system","content":' + encode(system) + b"}"] if system else []
+            yield _with_first(prompt.encode(), first)
+        elif system is None:
+            yield b'[{"role":"user","content":' + encode(prompt) + b"}]"
+        else:
+            yield (
+                b'[{"role":"system","content":'
+                + encode(system)
+                + b'},{"role":"user","content":'
+                + encode(prompt)
+                + b"}]"
+            )
+
+
+def _with_first(messages: bytes, first: list[bytes]) -> bytes:
+    return b"[" + first[0] + b"," + messages[1:] if first else messages
+
+
+def _tails(fields: Mapping[str, Json], part: pl.DataFrame) -> Iterator[bytes]:
+    encode = msgspec.json.Encoder().encode
+    seed = fields.get("seed")
+    for sample in part["sample"].to_list():
+        # A seed fixes the answer: asking again means asking with the next one.
+        row = {**fields, "seed": seed + sample} if isinstance(seed, int) and sample else fields
+        text = encode(row)
+        yield (b"," + text[1:] if row else b"}") + b"}"
+
+
+# --- replies ------------------------------------------------------------------------------------
+
+
+class _Failure(msgspec.Struct):
+    code: Any = None
+    type: Any = None
+    message: Any = None
+
+
+class _Response(msgspec.Struct):
+    status_code: int = 200
+    body: msgspec.Raw = msgspec.Raw(b"null")
+
+
+class _Line(msgspec.Struct):
+    custom_id: str = ""
+    response: _Response | None = None
+    error: _Failure | None = None
+
+
+class _ErrorBody(msgspec.Struct):
+    error: _Failure | str | None = None
+
+
+class _Message(msgspec.Struct):
+    content: Any = None
+    refusal: str | None = None
+    tool_calls: Any = None
+
+
+class _Choice(msgspec.Struct):
+    message: _Message
+    finish_reason: str | None = None
+
+
+class _InputDetails(msgspec.Struct):
+    cached_tokens: int | None = None
+
+
+class _Usage(msgspec.Struct):
+    prompt_tokens: int | None = None
+    completion_tokens: int | None = None
+    prompt_tokens_details: _InputDetails | None = None
+
+
+class _Chat(msgspec.Struct):
+    choices: list[_Choice]
+    model: str | None = None
+    usage: _Usage | None = None
+
+
+REPLY_SCHEMA: Mapping[str, pl.DataType] = {
+    "key": pl.Binary(),
+    "state": pl.UInt8(),
+    "text": pl.String(),
+    "error": pl.String(),
+    "error_message": pl.String(),
+    "finish_reason": pl.String(),
+    "input_tokens": pl.Int64(),
+    "cached_input_tokens": pl.Int64(),
+    "output_tokens": pl.Int64(),
+    "model": pl.String(),
+    "body": pl.Binary(),
+}
+
+_chat_decoder = msgspec.json.Decoder(_Chat)
+_error_decoder = msgspec.json.Decoder(_ErrorBody)
+_line_decoder = msgspec.json.Decoder(_Line)
+
+# Codes of lines that never ran; sent again by themselves, alone, a bounded number of times.
+_NEVER_RAN = {"batch_expired": "expired", "batch_cancelled": "cancelled"}
+
+Reply = dict[str, Any]
+
+
+def parse_lines(lines: Iterable[bytes]) -> pl.DataFrame:
+    """Lines of output and error files as one frame (REPLY_SCHEMA).
+
+    Lines that are not JSON, and lines whose custom_id is not ours, are left out: the caller
+    reconciles against the custom_ids that it sent.
+    """
+    rows: list[Reply] = []
+    for raw in lines:
+        line = raw.strip(b" \r\n\t\xef\xbb\xbf")
+        if not line:
+            continue
+        try:
+            decoded = _line_decoder.decode(line)
+        except (msgspec.DecodeError, UnicodeDecodeError):
+            continue
+        key = key_from_custom_id(decoded.custom_id)
+        if key is not None:
+            rows.append({"key": key, **_read_line(decoded)})
+    return pl.DataFrame(rows, schema=REPLY_SCHEMA)
+
+
+def custom_ids_of(path: Path) -> Iterator[str]:
+    """The custom_ids in a file of request or result lines."""
+    with path.open("rb") as file:
+        for line in file:
+            with contextlib.suppress(msgspec.DecodeError):
+                yield _line_decoder.decode(line).custom_id
+
+
+def _read_line(line: _Line) -> Reply:
+    if line.response is not None:
+        raw = bytes(line.response.body)
+        if raw.startswith(b'"'):  # some hosts put the body in as a JSON string
+            raw = msgspec.json.decode(raw, type=str).encode()
+        return read_reply(line.response.status_code, raw)
+    error = line.error or _Failure(code="empty_line", message="the line has no response, no error")
+    return _failed(None, str(error.code or error.type or "unknown"), error.message, b"")
+
+
+def read_reply(status: int, raw: bytes) -> Reply:
+    """One reply of the endpoint, whatever its status, as a row."""
+    if status != 200:
+        try:
+            error = _error_decoder.decode(raw).error
+        except msgspec.DecodeError:
+            error = None
+        if not isinstance(error, _Failure):
+            error = _Failure(message=error or raw[:200].decode(errors="replace"))
+        return _failed(status, str(error.code or error.type or f"http_{status}"), error.message, raw)
+    try:
+        chat = _chat_decoder.decode(raw)
+        choice = chat.choices[0]
+    except (msgspec.DecodeError, IndexError):
+        return _failed(422, "unreadable_reply", "the reply is not a chat completion", raw)
+    return _answered(chat, choice, raw)
+
+
+def _answered(chat: _Chat, choice: _Choice, raw: bytes) -> Reply:
+    usage = chat.usage or _Usage()
+    details = usage.prompt_tokens_details or _InputDetails()
+    message = choice.message
+    reason = choice.finish_reason
+    text = _text(message.content)
+    if text is None and message.refusal:
+        reason = "refusal"
+    return {
+        "state": DONE,
+        "text": text,
+        "error_message": message.refusal,
+        "finish_reason": reason,
+        "input_tokens": usage.prompt_tokens,
+        "cached_input_tokens": details.cached_tokens,
+        "output_tokens": usage.completion_tokens,
+        "model": chat.model,
+        "body": raw,
+    }
+
+
+def _text(content: Any) -> str | None:
+    if isinstance(content, str):
+        return content
+    if isinstance(content, list):  # parts: only text parts can be a String
+        parts = [p["text"] for p in content if isinstance(p, dict) and isinstance(p.get("text"), str)]
+        return "".join(parts) if parts else None
+    return None
+
+
+def _failed(status: int | None, kind: str, message: Any, raw: bytes) -> Reply:
+    if kind in _NEVER_RAN:
+        state, kind = RETRY, _NEVER_RAN[kind]
+    else:
+        meaning = verdict(status, kind=kind)
+        state = ACCOUNT if meaning.account else RETRY if meaning.transient else FAILED
+    text = message if isinstance(message, str) else None if message is None else str(message)
+    return {"state": state, "error": kind, "error_message": text, "body": raw or None}

@@ -1,0 +1,334 @@
+"""OpenAI's Batch service, and every host that speaks it. The only file that imports the SDK.
+
+Limits and behaviour: OpenAI's batch guide (developers.openai.com/api/docs/guides/batch, read
+2026-09-26): 50,000 requests and 200 MB a batch, one model a file, results kept 30 days, half price.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import os
+import threading
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import polars as pl
+
+from polars_llm.backends import chat
+from polars_llm.backends.base import (
+    BatchStatus,
+    CallFailed,
+    Found,
+    Limits,
+    ListedBatch,
+    Options,
+    Phase,
+    retrying,
+)
+from polars_llm.backends.hosts import redact
+from polars_llm.errors import AccountError
+from polars_llm.job import Job
+from polars_llm.request import RequestHeader, Requests
+
+if TYPE_CHECKING:
+    import openai
+    from openai.types import Batch
+
+__all__ = ["OpenAIBatch"]
+
+_LIMITS = Limits(requests=50_000, size_bytes=200_000_000)
+
+_ENDED = {"completed": "completed", "expired": "expired", "cancelled": "cancelled"}
+
+
+class OpenAIBatch:
+    """One host, one model, one key."""
+
+    provider = "openai"
+    limits = _LIMITS
+    create_timeout = 60.0
+    """Seconds. Creating is one small request: longer than this and the reply counts as lost."""
+    uploads = True
+
+    def __init__(
+        self,
+        model: str,
+        *,
+        base_url: str | None = None,
+        address: str | None = None,
+        cache_as: str | None = None,
+        api_key: str | None = None,
+    ) -> None:
+        """`base_url` is normalised (None: the provider's own), `address` is what the SDK gets."""
+        self._model = model
+        self.base_url = base_url
+        self._address = address
+        self._cache_as = cache_as
+        self._api_key = api_key
+        self._clients: dict[int, openai.OpenAI] = {}
+        self._lock = threading.Lock()
+
+    def __repr__(self) -> str:
+        return f"OpenAIBatch({self._model!r}, base_url={self.base_url!r})"
+
+    def header(self, options: Options) -> RequestHeader:
+        """What is constant over a column."""
+        return RequestHeader(
+            provider=self.provider,
+            base_url=self._cache_as or self.base_url,
+            endpoint=chat.ENDPOINT,
+            model=self._model,
+            body=chat.body(options),
+        )
+
+    def render(self, requests: Requests) -> Iterator[bytes]:
+        """Lines of the request file."""
+        return chat.render(requests)
+
+    def upload(self, job: Job, path: Path) -> str:
+        """Upload the request file, streamed from disk."""
+
+        def call() -> str:
+            with path.open("rb") as file, self._errors():
+                made = self._client().files.create(
+                    file=(f"{job.id}.jsonl", file, "application/jsonl"), purpose="batch"
+                )
+                return made.id
+
+        return retrying(call)
+
+    def newest_batch(self) -> str | None:
+        """Not needed: a batch carries our job id in its metadata."""
+        return None
+
+    def create(self, job: Job, path: Path) -> str:
+        """Create the batch: one POST, whatever happens."""
+        assert job.input_file_id is not None
+        client = self._client().with_options(max_retries=0, timeout=self.create_timeout)
+        with self._errors():
+            batch = client.batches.create(
+                input_file_id=job.input_file_id,
+                endpoint=job.endpoint,  # type: ignore[arg-type]  # hosts have endpoints of their own
+                completion_window="24h",
+                metadata={"pllm_job": job.id},
+            )
+        return batch.id
+
+    def find(self, job: Job, known: Collection[str]) -> Found:
+        """Look through the account's batches, newest first, back to the upload of the file."""
+        oldest = self._uploaded_at(job)
+        for batch in self._batches():
+            if batch.created_at is not None and batch.created_at < oldest:
+                break
+            ours = (batch.metadata or {}).get("pllm_job") == job.id
+            if ours or batch.input_file_id == job.input_file_id:
+                return Found(batch_id=batch.id)
+        return Found()
+
+    def _uploaded_at(self, job: Job) -> float:
+        """By the provider's clock, like the batches' own times: no two clocks are compared."""
+        try:
+            return retrying(lambda: self._file(job)).created_at - 1
+        except CallFailed as error:
+            if error.status != 404:
+                raise
+            return 0.0
+
+    def _file(self, job: Job) -> openai.types.FileObject:
+        assert job.input_file_id is not None
+        with self._errors():
+            return self._client().files.retrieve(job.input_file_id)
+
+    def status(self, job: Job) -> BatchStatus:
+        """One look at the batch."""
+        assert job.batch_id is not None
+        try:
+            batch = retrying(functools.partial(self._retrieve, job.batch_id))
+        except CallFailed as error:
+            if error.status == 404:
+                return BatchStatus(phase=Phase.MISSING, why=str(error))
+            raise
+        return _status(batch)
+
+    def _retrieve(self, batch_id: str) -> Batch:
+        with self._errors():
+            return self._client().batches.retrieve(batch_id)
+
+    def download(self, job: Job, status: BatchStatus, target: Path) -> None:
+        """Output and error file, one after the other, streamed to disk."""
+        self._fetch(status.sources, target)
+
+    def _fetch(self, sources: Iterable[str], target: Path) -> None:
+        def call() -> None:
+            with target.open("wb") as file:
+                for source in sources:
+                    self._append(source, file)
+                    file.write(b"\n")
+
+        retrying(call)
+
+    def _append(self, file_id: str, file: Any) -> None:
+        with (
+            self._errors(),
+            self._client().files.with_streaming_response.content(file_id) as reply,
+        ):
+            for chunk in reply.iter_bytes(1 << 20):
+                file.write(chunk)
+
+    def parse(self, lines: Iterable[bytes], status: BatchStatus) -> pl.DataFrame:
+        """Result lines as answers."""
+        del status
+        return chat.parse_lines(lines)
+
+    def cancel(self, job: Job) -> None:
+        """Ask the provider to stop. Cancelling what has ended is no error."""
+        assert job.batch_id is not None
+
+        def call() -> None:
+            with self._errors():
+                self._client().batches.cancel(job.batch_id or "")
+
+        try:
+            retrying(call)
+        except CallFailed as error:
+            if error.status not in (400, 409):
+                raise
+
+    def list_batches(self) -> Iterator[ListedBatch]:
+        """Batches that this library made, or that do not say who made them."""
+        for batch in self._batches():
+            if batch.metadata and "pllm_job" not in batch.metadata:
+                continue
+            yield ListedBatch(
+                batch_id=batch.id,
+                status=_status(batch),
+                requests=batch.request_counts.total if batch.request_counts else 0,
+                job_id=(batch.metadata or {}).get("pllm_job"),
+                model=batch.model,
+                endpoint=batch.endpoint,
+                input_file_id=batch.input_file_id,
+            )
+
+    def sent_custom_ids(self, batch: ListedBatch, target: Path) -> Iterator[str] | None:
+        """Read back from the request file, which the provider keeps."""
+        if batch.input_file_id is None:
+            return None
+        self._fetch((batch.input_file_id,), target)
+        return chat.custom_ids_of(target)
+
+    def _batches(self) -> Iterator[Batch]:
+        after: str | None = None
+        while True:
+            page = retrying(functools.partial(self._page, after))
+            yield from page.data
+            if not page.data or not page.has_more:
+                return
+            after = page.data[-1].id
+
+    def _page(self, after: str | None) -> Any:
+        with self._errors():
+            client = self._client()
+            if after is None:
+                return client.batches.list(limit=100)
+            return client.batches.list(limit=100, after=after)
+
+    def close(self) -> None:
+        """Close this process' connections."""
+        with self._lock:
+            client = self._clients.pop(os.getpid(), None)
+        if client is not None:
+            client.close()
+
+    def _client(self) -> openai.OpenAI:
+        # One per process: a forked child must not share its parent's connections.
+        with self._lock:
+            client = self._clients.get(os.getpid())
+            if client is None:
+                client = self._clients[os.getpid()] = self._connect()
+            return client
+
+    def _connect(self) -> openai.OpenAI:
+        try:
+            import openai
+        except ImportError as error:
+            raise ImportError(
+                "OpenAI models need the openai SDK.\n\nHint: pip install 'polars-llm-batch[openai]'"
+            ) from error
+        try:
+            return openai.OpenAI(api_key=self._api_key, base_url=self._address, max_retries=0)
+        except openai.OpenAIError as error:
+            raise AccountError(
+                "No API key for OpenAI.",
+                provider=self.provider,
+                hint="set OPENAI_API_KEY, or pass pllm.OpenAI(NAME, api_key=...). Nothing was sent.",
+            ) from error
+
+    @contextlib.contextmanager
+    def _errors(self) -> Iterator[None]:
+        """SDK and HTTP exceptions become CallFailed."""
+        import httpx2
+        import openai
+
+        try:
+            yield
+        except openai.APIStatusError as error:
+            raise CallFailed(
+                redact(error.message, self._secrets()),
+                provider=self.provider,
+                status=error.status_code,
+                kind=error.code or error.type,
+                retry_after=_retry_after(error.response.headers),
+            ) from None
+        except (openai.APIConnectionError, httpx2.TransportError, httpx2.StreamError) as error:
+            raise self._lost(error.__cause__ or error) from None
+
+    def _lost(self, cause: BaseException) -> CallFailed:
+        import httpx2
+
+        before = (httpx2.ConnectError, httpx2.ConnectTimeout, httpx2.PoolTimeout)
+        return CallFailed(
+            redact(f"{type(cause).__name__}: {cause}", self._secrets()),
+            provider=self.provider,
+            connected=not isinstance(cause, (*before, httpx2.UnsupportedProtocol)),
+        )
+
+    def _secrets(self) -> tuple[str | None, ...]:
+        return (self._api_key, os.environ.get("OPENAI_API_KEY"))
+
+
+def _retry_after(headers: Mapping[str, str]) -> float | None:
+    try:
+        return float(headers.get("retry-after", ""))
+    except ValueError:
+        return None
+
+
+def _status(batch: Batch) -> BatchStatus:
+    counts = batch.request_counts
+    done = (counts.completed if counts else 0) or 0
+    failed = (counts.failed if counts else 0) or 0
+    look = BatchStatus(phase=Phase.RUNNING, done=done, failed=failed, why=str(batch.status))
+    if batch.status == "failed":
+        return _refused(batch, look)
+    if batch.status in _ENDED:
+        files = (batch.output_file_id, batch.error_file_id)
+        return dataclasses.replace(
+            look,
+            phase=Phase.ENDED,
+            why=_ENDED[batch.status],
+            sources=tuple(f for f in files if f),
+        )
+    return look
+
+
+def _refused(batch: Batch, look: BatchStatus) -> BatchStatus:
+    errors = (batch.errors.data if batch.errors else None) or []
+    kind = errors[0].code if errors else None
+    reason = (errors[0].message if errors else None) or "the provider gave no reason"
+    if kind == "token_limit_exceeded":
+        return dataclasses.replace(look, phase=Phase.QUEUE_FULL, kind=kind, why=reason)
+    bad = {e.line: f"{e.code}: {e.message}" for e in errors if e.line is not None}
+    return dataclasses.replace(look, phase=Phase.REFUSED, kind=kind, why=reason, bad_lines=bad)

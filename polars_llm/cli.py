@@ -1,0 +1,157 @@
+"""polars-llm: jobs, watch, cancel, abandon, recover, results, emulate."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import polars as pl
+
+from polars_llm import operate
+from polars_llm.config import Config
+from polars_llm.errors import PolarsLLMError
+
+__all__ = ["main"]
+
+# sysexits.h: "temporary failure, invite the user to try again later"; cron scripts know it.
+WORK_LEFT = 75
+ERROR = 1
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit code."""
+    chosen = _parser().parse_args(arguments)
+    if chosen.cache_dir is not None:
+        Config(cache_dir=chosen.cache_dir)
+    try:
+        code: int = chosen.run(chosen)
+    except (PolarsLLMError, ImportError) as error:
+        print(f"polars-llm: {error}", file=sys.stderr)
+        return ERROR
+    except KeyboardInterrupt:
+        print("polars-llm: stopped; jobs go on at the provider.", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        sys.stderr.close()  # the reader left (`| head`): nothing to say, and nowhere to say it
+        return 0
+    return code
+
+
+def _jobs(chosen: argparse.Namespace) -> int:
+    _show(operate.jobs(open_only=chosen.open), chosen.json)
+    return 0
+
+
+def _watch(chosen: argparse.Namespace) -> int:
+    while True:
+        left = operate.watch()
+        if left.is_empty() or chosen.interval is None:
+            break
+        time.sleep(chosen.interval)
+    _show(left, chosen.json)
+    return WORK_LEFT if left.height else 0
+
+
+def _cancel(chosen: argparse.Namespace) -> int:
+    for job in chosen.job:
+        operate.cancel(job)
+        _say({"job": job, "outcome": "cancelling"}, chosen.json)
+    return 0
+
+
+def _abandon(chosen: argparse.Namespace) -> int:
+    for job in chosen.job:
+        operate.abandon(job)
+        _say({"job": job, "outcome": "abandoned"}, chosen.json)
+    return 0
+
+
+def _recover(chosen: argparse.Namespace) -> int:
+    _show(operate.recover(chosen.provider), chosen.json)
+    return 0
+
+
+def _results(chosen: argparse.Namespace) -> int:
+    answers = operate.results()
+    if chosen.output is not None:
+        answers.sink_parquet(chosen.output)
+        print(chosen.output)
+        return 0
+    _show(answers.head(chosen.limit).collect(), chosen.json)
+    return 0
+
+
+def _emulate(chosen: argparse.Namespace) -> int:
+    from polars_llm.testing import emulate
+
+    emulate.run(host=chosen.host, port=chosen.port)
+    return 0
+
+
+def _say(facts: dict[str, object], as_json: bool) -> None:
+    _show(pl.DataFrame([facts]), as_json)
+
+
+def _show(frame: pl.DataFrame, as_json: bool) -> None:
+    if as_json:
+        shown = frame.with_columns(pl.col(pl.Duration).dt.total_seconds(fractional=True))
+        sys.stdout.write(shown.write_ndjson() or "")
+        return
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(*frame.columns, box=None, header_style="bold")
+    readable = frame.with_columns(
+        pl.col(pl.Datetime).dt.strftime("%Y-%m-%d %H:%M"), pl.col(pl.Duration).dt.to_string("polars")
+    )
+    for row in readable.iter_rows():
+        table.add_row(*("" if value is None else str(value) for value in row))
+    console = Console()
+    console.print(table if frame.height else "nothing")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="polars-llm",
+        description="Look after the batch jobs of polars_llm. Nothing new is ever sent from here.",
+        epilog="Exit codes: 0 done (watch: nothing left), 75 watch: work is left, 1 error.",
+    )
+    common = argparse.ArgumentParser(add_help=False)
+    common.add_argument("--json", action="store_true", help="one JSON object a line, for scripts")
+    common.add_argument("--cache-dir", type=Path, help="default: POLARS_LLM_CACHE_DIR, then the platform's")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    def add(name: str, run: object, text: str) -> argparse.ArgumentParser:
+        command = commands.add_parser(name, help=text, description=text, parents=[common])
+        command.set_defaults(run=run)
+        return command
+
+    jobs = add("jobs", _jobs, "List the jobs of this cache; asks no provider.")
+    jobs.add_argument("--open", action="store_true", help="only what is not finished")
+    watch = add("watch", _watch, "Look at every open job once, fetch what has ended. For cron.")
+    watch.add_argument("--interval", type=_seconds, metavar="SECONDS", help="go on until nothing is left")
+    cancel = add("cancel", _cancel, "Ask the provider to stop jobs; what is done is billed and kept.")
+    cancel.add_argument("job", nargs="+")
+    abandon = add("abandon", _abandon, "Give up jobs that are stuck; sending them again may be paid twice.")
+    abandon.add_argument("job", nargs="+")
+    recover = add("recover", _recover, "Read back from a provider what this library sent, into the cache.")
+    recover.add_argument("provider", help="openai or anthropic")
+    results = add("results", _results, "Show or export every answer of this cache.")
+    results.add_argument("--limit", type=int, default=20, help="rows to show (default 20)")
+    results.add_argument("--output", type=Path, metavar="FILE.parquet", help="write all of them to a file")
+    emulate = add(
+        "emulate", _emulate, "Run the local provider in this terminal: no key, no network, no cost."
+    )
+    emulate.add_argument("--host", default="127.0.0.1")
+    emulate.add_argument("--port", type=int, default=0, help="default: any free one")
+    return parser
+
+
+def _seconds(text: str) -> float:
+    seconds = float(text)
+    if not 0 < seconds < float("inf"):
+        raise argparse.ArgumentTypeError("a number of seconds above 0")
+    return seconds

@@ -1,0 +1,175 @@
+"""Settings: what `pllm.Config` and the environment say, resolved when a verb is called."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import threading
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Literal, Self, TypeAlias, get_args
+
+from polars_llm.errors import InvalidRequest
+
+if TYPE_CHECKING:
+    from polars_llm.models import Model
+
+__all__ = ["Config", "OnError", "OnPending", "Settings", "settings"]
+
+OnPending: TypeAlias = Literal["raise", "wait", "null"]
+OnError: TypeAlias = Literal["null", "raise"]
+
+_DEFAULT_POLL_INTERVAL = 30.0
+
+# How long a provider's list of batches may lag behind a create, in seconds. Only an empty list that
+# is older than this (and than the create call's own timeout) proves that a lost create never was.
+_QUIET_PERIOD = 120.0
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Settings:
+    """What holds for one call: explicit `Config`, else the environment, else the default."""
+
+    model: str | Model | None
+    cache_dir: Path | None
+    poll_interval: float
+    on_pending: OnPending
+    on_error: OnError
+    max_cost: float | None
+    quiet_period: float
+
+
+_lock = threading.Lock()
+_chosen: dict[str, Any] = {}
+
+
+class Config:
+    """Set defaults for all verbs; as a call it stays, as a context manager it is undone at exit.
+
+    Parameters
+    ----------
+    model
+        ``"openai/NAME"`` and so on, or a model object. Environment: ``POLARS_LLM_MODEL``.
+    cache_dir
+        Directory for jobs and results. Environment: ``POLARS_LLM_CACHE_DIR``; default: the
+        platform's cache directory.
+    poll_interval
+        Longest time between two looks at a pending job while waiting, in seconds. Environment:
+        ``POLARS_LLM_POLL_INTERVAL``; default 30.
+    on_pending
+        ``"raise"`` (default), ``"wait"`` or ``"null"``; see `generate`.
+    on_error
+        ``"null"`` (default) or ``"raise"``; see `generate`.
+    max_cost
+        USD that may be in flight and spent under this cache; sending more is refused.
+
+    Raises
+    ------
+    InvalidRequest
+        At call: a value that no verb would take.
+
+    Examples
+    --------
+    >>> import polars_llm as pllm
+    >>> with pllm.Config(model="openai/gpt-6-luna", on_pending="wait"):
+    ...     pass
+
+    Notes
+    -----
+    Settings are read when a verb is called, not when Polars runs the plan, and are the same for all
+    threads of the process. None means: as if it had not been set.
+    """
+
+    def __init__(
+        self,
+        *,
+        model: str | Model | None = None,
+        cache_dir: str | os.PathLike[str] | None = None,
+        poll_interval: float | None = None,
+        on_pending: OnPending | None = None,
+        on_error: OnError | None = None,
+        max_cost: float | None = None,
+    ) -> None:
+        given = {
+            "model": model,
+            "cache_dir": None if cache_dir is None else Path(cache_dir).expanduser(),
+            "poll_interval": None if poll_interval is None else _seconds(poll_interval, "poll_interval"),
+            "on_pending": _one_of(on_pending, get_args(OnPending), "on_pending"),
+            "on_error": _one_of(on_error, get_args(OnError), "on_error"),
+            "max_cost": _dollars(max_cost),
+        }
+        with _lock:
+            self._before = dict(_chosen)
+            _chosen.update({name: value for name, value in given.items() if value is not None})
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        with _lock:
+            _chosen.clear()
+            _chosen.update(self._before)
+
+    @staticmethod
+    def restore_defaults() -> None:
+        """Forget everything that `Config` was told in this process."""
+        with _lock:
+            _chosen.clear()
+
+
+def settings(*, on_pending: OnPending | None = None, on_error: OnError | None = None) -> Settings:
+    """The settings that hold now; arguments of a verb win."""
+    with _lock:
+        chosen = dict(_chosen)
+    cache_dir = chosen.get("cache_dir") or os.environ.get("POLARS_LLM_CACHE_DIR") or None
+    interval = chosen.get("poll_interval")
+    if interval is None:
+        text = os.environ.get("POLARS_LLM_POLL_INTERVAL")
+        interval = _seconds(text, "POLARS_LLM_POLL_INTERVAL") if text else _DEFAULT_POLL_INTERVAL
+    quiet = os.environ.get("POLARS_LLM_QUIET_PERIOD")
+    return Settings(
+        model=chosen.get("model") or os.environ.get("POLARS_LLM_MODEL") or None,
+        cache_dir=Path(cache_dir).expanduser() if cache_dir else None,
+        poll_interval=interval,
+        on_pending=_one_of(on_pending, get_args(OnPending), "on_pending")
+        or chosen.get("on_pending", "raise"),
+        on_error=_one_of(on_error, get_args(OnError), "on_error") or chosen.get("on_error", "null"),
+        max_cost=chosen.get("max_cost"),
+        quiet_period=_seconds(quiet, "POLARS_LLM_QUIET_PERIOD") if quiet else _QUIET_PERIOD,
+    )
+
+
+def _seconds(value: float | str, name: str) -> float:
+    try:
+        seconds = float(value)
+    except ValueError:
+        seconds = -1.0
+    if not 0 < seconds < float("inf"):
+        raise InvalidRequest(
+            f"{name} is {value!r}, not a number of seconds above 0",
+            hint=f"for example {name}=30. Nothing was sent.",
+        )
+    return seconds
+
+
+def _dollars(value: float | None) -> float | None:
+    if value is not None and not 0 <= value < float("inf"):
+        raise InvalidRequest(
+            f"max_cost is {value!r}, not an amount in USD",
+            hint="for example max_cost=5.0. Nothing was sent.",
+        )
+    return value
+
+
+def _one_of(value: Any, known: tuple[str, ...], name: str) -> Any:
+    if value is not None and value not in known:
+        raise InvalidRequest(
+            f"{name} is {value!r}",
+            hint=f"{name} takes {', '.join(repr(k) for k in known)}. Nothing was sent.",
+        )
+    return value

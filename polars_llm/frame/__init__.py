@@ -1,0 +1,1 @@
+"""Where rows meet requests. Below this floor nobody knows a user's frame."""

@@ -1,0 +1,160 @@
+"""What was found -> the user's column, and the report of what failed."""
+
+from __future__ import annotations
+
+import os
+import sys
+import warnings
+from collections.abc import Mapping
+
+import polars as pl
+
+from polars_llm.answer import DONE, FAILED, RETRY
+from polars_llm.config import OnError
+from polars_llm.errors import LLMWarning, RequestsFailed
+from polars_llm.jobs.evaluate import Pending
+from polars_llm.jobs.lookup import Policy
+from polars_llm.request import custom_ids
+from polars_llm.store import Store
+
+__all__ = ["FULL", "STATUS", "Failures", "column"]
+
+STATUS = pl.Enum(["done", "pending", "failed"])
+
+FULL: Mapping[str, pl.DataType] = {
+    "value": pl.String(),
+    "status": STATUS,
+    "error": pl.String(),
+    "finish_reason": pl.String(),
+    "input_tokens": pl.Int64(),
+    "cached_input_tokens": pl.Int64(),
+    "output_tokens": pl.Int64(),
+    "cost_usd": pl.Float64(),
+    "model": pl.String(),
+    "job_id": pl.String(),
+    "key": pl.String(),
+}
+
+
+def column(
+    found: pl.DataFrame,
+    rows: pl.DataFrame,
+    store: Store,
+    policy: Policy,
+    pending: Pending | None,
+    full_key: pl.Expr | None,
+) -> pl.Series:
+    """Answers in the order of `found`; with `full_key` as the struct of ``output="full"``."""
+    if full_key is None:
+        return store.results.read(_only_done(found), ["text"]).to_series()
+    status = _status(found, policy, pending)
+    # What is under way again shows as pending, not as the failure that it had before.
+    known = _mask(found, status != "pending")
+    facts = store.results.read(known, ["text", "error", "error_message", *list(FULL)[3:-1]]).with_columns(
+        status=status
+    )
+    keyed = rows.lazy().select(key=full_key).select(key=custom_ids(pl.col("key"))).collect(engine="streaming")
+    return _struct(facts, keyed["key"], found, pending)
+
+
+def _struct(facts: pl.DataFrame, key: pl.Series, found: pl.DataFrame, pending: Pending | None) -> pl.Series:
+    fields = facts.with_columns(
+        key.alias("key"),
+        found["key"].is_not_null().alias("asked"),
+        _job_ids(found, pending, facts["job_id"]).alias("job_id"),
+        value=pl.when(pl.col("status") == "done").then("text"),
+        error=pl.when(pl.col("status") == "failed").then(_said()),
+    )
+    whole = pl.struct(pl.col(n).cast(t) for n, t in FULL.items())
+    # A null prompt has a null answer, not a struct of nulls.
+    return fields.select(pl.when("asked").then(whole).alias("full")).to_series()
+
+
+def _said() -> pl.Expr:
+    return pl.concat_str("error", "error_message", separator=": ", ignore_nulls=True)
+
+
+def _only_done(found: pl.DataFrame) -> pl.DataFrame:
+    if (found["state"].max() or DONE) == DONE:  # nothing to hide: the common case costs nothing
+        return found
+    return _mask(found, (found["state"] == DONE).fill_null(False))
+
+
+def _mask(found: pl.DataFrame, shown: pl.Series) -> pl.DataFrame:
+    return found.with_columns(pl.when(shown).then(pl.col(c)).alias(c) for c in ("state", "segment", "row"))
+
+
+def _failed(found: pl.DataFrame, policy: Policy, pending: Pending | None) -> pl.Series:
+    """Rows whose last word is a failure, and which nobody is trying again."""
+    final = (found["state"] == FAILED) | (
+        (found["state"] == RETRY) & (found["attempt"] >= policy.max_attempts)
+    )
+    if pending is not None:
+        final = final & ~found["key"].is_in(pending.keys.implode())
+    return final.fill_null(False)
+
+
+def _status(found: pl.DataFrame, policy: Policy, pending: Pending | None) -> pl.Series:
+    failed = _failed(found, policy, pending)
+    done = (found["state"] == DONE).fill_null(False)
+    return pl.select(
+        pl.when(done)
+        .then(pl.lit("done"))
+        .when(failed)
+        .then(pl.lit("failed"))
+        .otherwise(pl.lit("pending"))
+        .cast(STATUS)
+        .alias("status")
+    ).to_series()
+
+
+def _job_ids(found: pl.DataFrame, pending: Pending | None, stored: pl.Series) -> pl.Series:
+    if pending is None or not pending.jobs:
+        return stored
+    held = pending.held.unique("key")
+    joined = found.select("key").join(held, on="key", how="left", maintain_order="left")
+    return stored.fill_null(joined["job_id"]) if stored.len() else stored
+
+
+class Failures:
+    """Counts failed requests by kind, over as many batches of rows as an evaluation has."""
+
+    def __init__(self, store: Store, policy: Policy) -> None:
+        self._store = store
+        self._policy = policy
+        self._failed: list[pl.DataFrame] = []
+        self._asked = 0
+
+    def count(self, found: pl.DataFrame, pending: Pending | None) -> None:
+        """Note the failures among `found`, each request once."""
+        self._asked += found["key"].drop_nulls().n_unique()
+        failed = found.filter(_failed(found, self._policy, pending)).unique("key")
+        if failed.height:
+            kinds = self._store.results.read(failed, ["error"])
+            self._failed.append(failed.select("key").with_columns(kinds))
+
+    def report(self, on_error: OnError) -> None:
+        """One warning, or RequestsFailed; nothing if nothing failed."""
+        if not self._failed:
+            return
+        failed = pl.concat(self._failed).unique("key")
+        kinds = failed.group_by("error").len().sort("len", "error", descending=[True, False])
+        counts = {str(kind): int(n) for kind, n in kinds.rows()}
+        listed = ", ".join(f"{kind} {n:,}" for kind, n in counts.items())
+        fact = f"{failed.height:,} of {self._asked:,} requests failed: {listed}."
+        hint = (
+            "output='full' shows each error; retry_failed=True sends them again. Providers do not"
+            " bill failed requests, and they are not sent again by themselves."
+        )
+        if on_error == "raise":
+            raise RequestsFailed(fact, failed=failed.height, kinds=counts, hint=hint)
+        warnings.warn(LLMWarning(f"{fact}\n\nHint: {hint}"), stacklevel=_users_line())
+
+
+def _users_line() -> int:
+    """How many frames up the first one lies that is neither ours nor Polars'."""
+    ours = (os.path.dirname(os.path.dirname(__file__)), os.path.dirname(pl.__file__))  # noqa: PTH120
+    frame, level = sys._getframe(1), 1
+    while frame.f_back is not None and frame.f_code.co_filename.startswith(ours):
+        frame, level = frame.f_back, level + 1
+    return level

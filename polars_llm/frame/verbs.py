@@ -1,0 +1,291 @@
+"""The verbs: arguments -> requests -> a column.
+
+A `Verb` is what a call was resolved to: model, header, options. It is a value; evaluating it is
+`answer`, which looks the rows up, lets the heart bring what is missing, and lays the answers on their
+rows. How it lives in a plan is the business of `nodes`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal, TypeAlias, TypedDict, get_args
+
+import polars as pl
+from polars._typing import IntoExpr
+
+from polars_llm.backends.base import BatchBackend, Options
+from polars_llm.config import OnError, OnPending, settings
+from polars_llm.errors import InvalidRequest
+from polars_llm.frame.column import FULL, Failures, column
+from polars_llm.jobs.evaluate import Need, Pending, evaluate
+from polars_llm.jobs.lookup import Policy, unanswered
+from polars_llm.models import Model, resolve
+from polars_llm.request import RequestHeader, Requests, key_hex, key_prefix
+from polars_llm.store import Store, open_store
+
+__all__ = ["GenerateOptions", "Output", "Verb", "generate"]
+
+Output: TypeAlias = Literal["value", "full"]
+
+# Inputs of a verb as columns of their own, whatever the user's frame calls them.
+PROMPT, SYSTEM, SAMPLE = "__pllm_prompt", "__pllm_system", "__pllm_sample"
+
+
+class GenerateOptions(TypedDict, total=False):
+    """Keyword arguments of `generate`, for type checkers (a test holds the two together)."""
+
+    model: str | Model | None
+    system: str | pl.Expr | None
+    name: str
+    output: Output
+    on_pending: OnPending | None
+    on_error: OnError | None
+    max_tokens: int | None
+    temperature: float | None
+    top_p: float | None
+    stop: str | list[str] | None
+    seed: int | None
+    reasoning_effort: str | None
+    params: Mapping[str, Any] | None
+    sample: int | pl.Expr
+    retry_failed: bool
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Verb:
+    """One call of a verb, resolved."""
+
+    backend: BatchBackend
+    header: RequestHeader
+    name: str
+    prompt: IntoExpr
+    system: str | pl.Expr | None
+    sample: int | pl.Expr
+    output: Output
+    on_pending: OnPending
+    on_error: OnError
+    policy: Policy
+    cache_dir: Path | None
+
+    @property
+    def dtype(self) -> pl.DataType:
+        """Of the column that it gives."""
+        return pl.Struct(FULL) if self.output == "full" else pl.String()
+
+    @property
+    def store(self) -> Store:
+        """The cache directory; made when it is first needed."""
+        return open_store(self.cache_dir)
+
+    def inputs(self) -> list[pl.Expr]:
+        """What it reads of a frame, under names of our own."""
+        prompt = pl.col(self.prompt) if isinstance(self.prompt, str) else _expr(self.prompt)
+        read = [prompt.alias(PROMPT)]
+        if isinstance(self.system, pl.Expr):
+            read.append(self.system.alias(SYSTEM))
+        if isinstance(self.sample, pl.Expr):
+            read.append(self.sample.alias(SAMPLE))
+        return read
+
+    def keys(self, rows: pl.DataFrame) -> pl.Series:
+        """Key prefix of each row of `inputs`; null where the prompt is null."""
+        # One pass, streaming: the hex text of the keys never exists for all rows at once.
+        return (
+            rows.lazy()
+            .select(key_prefix(self._key_hex()).alias("key"))
+            .collect(engine="streaming")
+            .to_series()
+        )
+
+    def _key_hex(self) -> pl.Expr:
+        system = pl.col(SYSTEM) if isinstance(self.system, pl.Expr) else self.system
+        return key_hex(
+            self.header.digest(),
+            pl.col(PROMPT),
+            system=system,
+            sample=pl.col(SAMPLE) if isinstance(self.sample, pl.Expr) else self.sample,
+        )
+
+    def answer(self, rows: pl.DataFrame) -> pl.Series:
+        """Answers for the rows of `inputs`, in their order; sends what is missing.
+
+        Raises
+        ------
+        InvalidRequest
+            A dtype or value that cannot be sent; nothing was sent.
+        JobsPending
+            ``on_pending="raise"`` and not everything is there.
+        RequestsFailed
+            ``on_error="raise"`` and something failed for good.
+        """
+        rows = checked(rows)
+        keys = self.keys(rows)
+        found = self.store.results.find(keys)
+        pending: Pending | None = None
+        if not unanswered(found, self.policy).is_empty():
+            pending = self.bring(self.requests(rows, found))
+            found = self.store.results.find(keys)
+        failures = self.failures()
+        failures.count(found, pending)
+        failures.report(self.on_error)
+        return self.lay(found, rows, pending)
+
+    def bring(self, requests: Requests) -> Pending:
+        """Let the heart get these answers; raises JobsPending where the user wants to be told."""
+        pending = evaluate([Need(self.backend, [requests])], self.store, self.policy)
+        if pending.jobs and self.on_pending == "raise":
+            raise pending.error(self.policy.poll_interval)
+        return pending
+
+    def requests(self, rows: pl.DataFrame, found: pl.DataFrame) -> Requests:
+        """The distinct requests among `rows` that have no answer."""
+        missing = found["key"].is_in(unanswered(found, self.policy)["key"].implode())
+        wanted = rows.with_columns(__prefix=found["key"]).filter(missing)
+        wanted = wanted.unique("__prefix", keep="first", maintain_order=True)
+        frame = wanted.select(
+            key=self._key_hex().str.decode("hex"),
+            attempt=pl.lit(1, pl.UInt16),
+            prompt=PROMPT,
+            kind=pl.lit("t"),
+            system=pl.lit(self.system, pl.String) if not isinstance(self.system, pl.Expr) else SYSTEM,
+            sample=pl.lit(self.sample, pl.Int64) if not isinstance(self.sample, pl.Expr) else SAMPLE,
+        )
+        return Requests(self.header, frame)
+
+    def failures(self) -> Failures:
+        """A fresh count of failures, for one evaluation."""
+        return Failures(self.store, self.policy)
+
+    def lay(self, found: pl.DataFrame, rows: pl.DataFrame, pending: Pending | None) -> pl.Series:
+        """Answers on their rows."""
+        full_key = self._key_hex().str.decode("hex") if self.output == "full" else None
+        return column(found, rows, self.store, self.policy, pending, full_key).alias(self.name)
+
+
+def _expr(prompt: IntoExpr) -> pl.Expr:
+    if isinstance(prompt, pl.Expr):
+        return prompt
+    if isinstance(prompt, pl.Series):
+        return pl.lit(prompt)
+    raise InvalidRequest(
+        f"prompt is a {type(prompt).__name__}, neither a column's name nor an expression",
+        hint="pass the name of a column of text, or an expression such as"
+        " pl.format('Summarise: {}', 'text'). Nothing was sent.",
+    )
+
+
+_TEXT = (pl.String, pl.Categorical, pl.Enum, pl.Null)
+
+
+def checked(rows: pl.DataFrame) -> pl.DataFrame:
+    """`rows` with text as String and samples as Int64.
+
+    Raises
+    ------
+    InvalidRequest
+        At collect: a prompt or system that is not text, a sample that is not a whole number >= 0.
+    """
+    casts = []
+    for name, dtype in rows.schema.items():
+        if name == SAMPLE:
+            casts.append(_checked_sample(rows[name]))
+            continue
+        if not isinstance(dtype, _TEXT):
+            what = "prompt" if name == PROMPT else "system"
+            raise InvalidRequest(
+                f"The {what} has dtype {dtype}, not String",
+                hint="cast it, or build the text with pl.format('... {}', column). Nothing was sent.",
+            )
+        if dtype != pl.String:
+            casts.append(rows[name].cast(pl.String))
+    return rows.with_columns(casts) if casts else rows
+
+
+def _checked_sample(sample: pl.Series) -> pl.Series:
+    if not sample.dtype.is_integer() and sample.dtype != pl.Null:
+        raise InvalidRequest(
+            f"sample has dtype {sample.dtype}, not a whole number",
+            hint="pass an int, or an expression of integers. Nothing was sent.",
+        )
+    if (sample < 0).any():
+        raise InvalidRequest("A sample is below 0.", hint="samples count from 0. Nothing was sent.")
+    return sample.cast(pl.Int64).fill_null(0)
+
+
+def generate(
+    prompt: IntoExpr,
+    *,
+    model: str | Model | None = None,
+    system: str | pl.Expr | None = None,
+    name: str = "response",
+    output: Output = "value",
+    on_pending: OnPending | None = None,
+    on_error: OnError | None = None,
+    max_tokens: int | None = None,
+    temperature: float | None = None,
+    top_p: float | None = None,
+    stop: str | list[str] | None = None,
+    seed: int | None = None,
+    reasoning_effort: str | None = None,
+    params: Mapping[str, Any] | None = None,
+    sample: int | pl.Expr = 0,
+    retry_failed: bool = False,
+) -> Verb:
+    """Resolve a call of generate; the namespaces' docstrings say what each argument means."""
+    chosen = settings(on_pending=on_pending, on_error=on_error)
+    _check_arguments(name=name, output=output, system=system, sample=sample, max_tokens=max_tokens)
+    options = Options(
+        max_tokens=max_tokens,
+        temperature=temperature,
+        top_p=top_p,
+        stop=stop,
+        seed=seed,
+        reasoning_effort=reasoning_effort,
+        params=params or {},
+    )
+    backend = resolve(model or chosen.model).backend()
+    return Verb(
+        backend=backend,
+        header=backend.header(options),
+        name=name,
+        prompt=prompt,
+        system=system,
+        sample=sample,
+        output=output,
+        on_pending=chosen.on_pending,
+        on_error=chosen.on_error,
+        policy=Policy(
+            wait=chosen.on_pending == "wait",
+            poll_interval=chosen.poll_interval,
+            quiet_period=chosen.quiet_period,
+            retry_failed=retry_failed,
+        ),
+        cache_dir=chosen.cache_dir,
+    )
+
+
+def _check_arguments(
+    *,
+    name: str,
+    output: str,
+    system: object,
+    sample: object,
+    max_tokens: int | None,
+) -> None:
+    wrong = None
+    if output not in get_args(Output):
+        wrong = f"output is {output!r}; it takes 'value' or 'full'"
+    elif not isinstance(name, str) or not name:
+        wrong = f"name is {name!r}, not a column's name"
+    elif not (system is None or isinstance(system, (str, pl.Expr))):
+        wrong = f"system is a {type(system).__name__}, neither text nor an expression"
+    elif isinstance(sample, bool) or not isinstance(sample, (int, pl.Expr)):
+        wrong = f"sample is {sample!r}, neither a whole number nor an expression"
+    elif isinstance(sample, int) and sample < 0:
+        wrong = f"sample is {sample}; samples count from 0"
+    elif max_tokens is not None and (isinstance(max_tokens, bool) or max_tokens < 1):
+        wrong = f"max_tokens is {max_tokens!r}; it must be at least 1"
+    if wrong:
+        raise InvalidRequest(wrong, hint="see help(pl.DataFrame.llm.generate). Nothing was sent.")

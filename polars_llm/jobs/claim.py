@@ -1,0 +1,112 @@
+"""Which requests are ours to send, decided in one transaction.
+
+A claim is a job record with its keys file: from then on nobody else sends these keys. Files are
+written first and mean nothing without the record, so the transaction itself is short.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+from datetime import UTC, datetime
+from itertools import chain
+
+import polars as pl
+
+from polars_llm.answer import ANSWER_SCHEMA, FAILED
+from polars_llm.backends.base import BatchBackend
+from polars_llm.job import Job
+from polars_llm.jobs.lookup import Policy, prefixes, unanswered
+from polars_llm.jobs.packing import Pack, pack
+from polars_llm.request import Requests
+from polars_llm.store import Store
+
+__all__ = ["claim"]
+
+
+def claim(
+    backend: BatchBackend,
+    requests: Sequence[Requests],
+    store: Store,
+    *,
+    owner: str,
+    policy: Policy,
+) -> list[Job]:
+    """Make jobs in state planned of all requests that nobody has answered or claimed by now.
+
+    Several headers share a batch where they share endpoint and model.
+    """
+    wanted = [r for r in requests if r.height]
+    while wanted:
+        jobs = list(_draft(backend, wanted, store, owner))
+        with store.ledger.transaction():
+            taken = _taken(wanted, store, policy)
+            if taken.is_empty():
+                for job in jobs:
+                    store.ledger.put(job)
+                return jobs
+        # Somebody was quicker with some of them: leave those, and pack the rest again.
+        for job in jobs:
+            store.spool.remove(job.id)
+        wanted = [_without(r, taken) for r in wanted]
+        wanted = [r for r in wanted if r.height]
+    return []
+
+
+def _taken(wanted: Sequence[Requests], store: Store, policy: Policy) -> pl.Series:
+    """Key prefixes of wanted requests that have an answer, or are in an open job, by now."""
+    keys = pl.concat([prefixes(r.frame) for r in wanted])
+    free = unanswered(store.results.find(keys), policy)
+    open_jobs = [job.id for job in store.ledger.jobs(open_only=True)]
+    claimed = store.spool.key_prefixes(open_jobs)["key"]
+    answered = keys.filter(~keys.is_in(free["key"].implode()))
+    return pl.concat([answered, keys.filter(keys.is_in(claimed.implode()))]).unique()
+
+
+def _without(requests: Requests, taken: pl.Series) -> Requests:
+    keys = prefixes(requests.frame)
+    return dataclasses.replace(requests, frame=requests.frame.filter(~keys.is_in(taken.implode())))
+
+
+def _draft(backend: BatchBackend, wanted: Sequence[Requests], store: Store, owner: str) -> Iterator[Job]:
+    """Write keys and request files, pack by pack; nothing is claimed yet."""
+    keys = pl.concat([r.frame.select("key", "attempt") for r in wanted])
+    lines = chain.from_iterable(backend.render(r) for r in wanted)
+    header = wanted[0].header
+    for batch in pack(lines, backend.limits):
+        if batch.oversized:
+            store.results.add(_too_large(backend, keys[batch.rows], batch, header.model))
+            continue
+        job = Job.plan(
+            provider=backend.provider,
+            base_url=backend.base_url,
+            endpoint=header.endpoint,
+            model=header.model,
+            requests=len(batch.rows),
+            size_bytes=batch.size_bytes,
+            owner=owner,
+        )
+        store.spool.write_keys(job.id, keys[batch.rows])
+        store.spool.write_requests(job.id, (line + b"\n" for line in batch.lines))
+        yield job
+
+
+def _too_large(backend: BatchBackend, keys: pl.DataFrame, batch: Pack, model: str) -> pl.DataFrame:
+    limit = backend.limits.size_bytes
+    return keys.select(
+        "key",
+        "attempt",
+        state=pl.lit(FAILED, pl.UInt8),
+        error=pl.lit("request_too_large"),
+        error_message=pl.lit(f"{batch.size_bytes:,} bytes; a batch takes {limit:,}. Not sent."),
+        provider=pl.lit(backend.provider),
+        model=pl.lit(model),
+        received_at=pl.lit(datetime.now(UTC)),
+    ).pipe(_complete)
+
+
+def _complete(answers: pl.DataFrame) -> pl.DataFrame:
+    missing = {n: t for n, t in ANSWER_SCHEMA.items() if n not in answers.columns}
+    return answers.with_columns(pl.lit(None, t).alias(n) for n, t in missing.items()).select(
+        pl.col(n).cast(t) for n, t in ANSWER_SCHEMA.items()
+    )

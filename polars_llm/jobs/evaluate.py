@@ -1,0 +1,244 @@
+"""One evaluation: look up, advance what is under way, claim and submit what is missing, wait.
+
+Everything an evaluation does can be cut off at any point and done again: what is durable is in the
+ledger and the results, and each chapter (`claim`, `submit`, `settle`, `ingest`) leaves a state that
+the next evaluation understands.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Sequence
+
+import polars as pl
+import tenacity
+
+from polars_llm.backends.base import BatchBackend, CallFailed, Phase
+from polars_llm.errors import JobsPending
+from polars_llm.job import Job, State
+from polars_llm.jobs.claim import claim
+from polars_llm.jobs.ingest import ingest, refuse
+from polars_llm.jobs.lookup import Policy, prefixes, unanswered, with_attempts
+from polars_llm.jobs.settle import settle
+from polars_llm.jobs.submit import create, put_off, release, submit
+from polars_llm.progress import Progress
+from polars_llm.request import Requests
+from polars_llm.store import Store
+
+__all__ = ["Need", "Pending", "advance", "evaluate"]
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Need:
+    """Distinct requests that had no answer when the frame was looked up, for one backend."""
+
+    backend: BatchBackend
+    requests: Sequence[Requests]
+
+    @property
+    def keys(self) -> pl.Series:
+        """Key prefixes of all of them."""
+        return pl.concat([prefixes(r.frame) for r in self.requests])
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Pending:
+    """What is not there yet after an evaluation.
+
+    Parameters
+    ----------
+    held
+        ``key`` (prefix) and ``job_id`` of each request in flight.
+    jobs
+        The open jobs that hold them.
+    sent
+        Requests that this evaluation submitted.
+    """
+
+    held: pl.DataFrame
+    jobs: Sequence[Job]
+    sent: int
+
+    @property
+    def keys(self) -> pl.Series:
+        """Key prefixes in flight."""
+        return self.held["key"]
+
+    def error(self, next_poll: float) -> JobsPending:
+        """The exception for ``on_pending="raise"``."""
+        done = sum(min(job.requests, job.done + job.failed) for job in self.jobs)
+        total = sum(job.requests for job in self.jobs)
+        count = len(self.jobs)
+        batches = "1 batch job" if count == 1 else f"{count} batch jobs"
+        said = f"{self.sent:,} requests sent now, " if self.sent else ""
+        stuck = [j for j in self.jobs if j.reason and j.state is not State.SUBMITTED]
+        why = f" ({stuck[0].id} is {stuck[0].state}: {stuck[0].reason})" if stuck else ""
+        return JobsPending(
+            f"{said}{len(self.keys):,} answers pending in {batches}, {done:,} of {total:,} requests"
+            f" done{why}; run the same line again to collect.",
+            jobs=[job.id for job in self.jobs],
+            requests=len(self.keys),
+            done=done,
+            next_poll=next_poll,
+            hint="on_pending='wait' waits for it; pllm.jobs() shows it. Nothing is sent or paid twice.",
+        )
+
+
+def evaluate(needs: Sequence[Need], store: Store, policy: Policy) -> Pending:
+    """Bring all requests as far as they get now, or, with ``policy.wait``, to the end.
+
+    Raises
+    ------
+    ProviderError, AccountError
+        The provider refused; the message says what happened to the money.
+    CacheError
+        The cache directory cannot be used; raised before anything is sent.
+    """
+    store.directory.prepare()
+    try:
+        pending = _step(needs, store, policy)
+        if not policy.wait or not pending.jobs:
+            return pending
+        # What fails from here on has failed in this evaluation: it isn't "retried" a second time.
+        return _wait(needs, store, dataclasses.replace(policy, retry_failed=False), pending)
+    finally:
+        for need in needs:
+            need.backend.close()
+
+
+def _wait(needs: Sequence[Need], store: Store, policy: Policy, pending: Pending) -> Pending:
+    total = len(pending.keys)
+    longest = policy.poll_interval
+    again = tenacity.Retrying(
+        retry=tenacity.retry_if_result(lambda still: bool(still.jobs)),
+        wait=tenacity.wait_exponential(multiplier=min(1.0, 0.9 * longest), max=0.9 * longest)
+        + tenacity.wait_random(0, min(1.0, 0.1 * longest)),
+    )
+    try:
+        with Progress(total, "LLM answers") as bar:
+
+            def look() -> Pending:
+                still = _step(needs, store, policy)
+                done = sum(job.done + job.failed for job in still.jobs)
+                bar.update(min(total, total - len(still.keys) + done))
+                return still
+
+            time.sleep(min(0.05, policy.poll_interval))
+            return again(look)
+    except KeyboardInterrupt as stop:
+        names = ", ".join(job.id for job in pending.jobs)
+        stop.add_note(
+            f"polars_llm: stopped waiting; {names} go on at the provider. Run the same line again to"
+            " collect; nothing is paid twice."
+        )
+        raise
+
+
+def _step(needs: Sequence[Need], store: Store, policy: Policy) -> Pending:
+    """One round: nothing in it waits for a provider to finish."""
+    in_flight = [_round(need, store, policy) for need in needs]
+    return Pending(
+        held=pl.concat([p.held for p in in_flight]).unique("key"),
+        jobs=list({job.id: job for p in in_flight for job in p.jobs}.values()),
+        sent=sum(p.sent for p in in_flight),
+    )
+
+
+def _round(need: Need, store: Store, policy: Policy) -> Pending:
+    keys = need.keys
+    before = _jobs_with(keys, store)
+    for job in before:
+        advance(job, need.backend, store, policy)
+    if before:
+        # A failure that came in just now was not there to be retried when this evaluation began.
+        policy = dataclasses.replace(policy, retry_failed=False)
+    sent = _send(need, store, policy)
+    open_now = _jobs_with(keys, store)
+    held = store.spool.key_prefixes([job.id for job in open_now])
+    return Pending(held.filter(pl.col("key").is_in(keys.implode())), open_now, sent)
+
+
+def _send(need: Need, store: Store, policy: Policy) -> int:
+    """Claim and submit what nobody has answered or claimed; the number of requests sent."""
+    missing = _missing(need, store, policy)
+    if not any(r.height for r in missing):
+        return 0
+    with store.directory.submitter() as owner:
+        jobs = claim(need.backend, missing, store, owner=owner, policy=policy)
+        for job in jobs:
+            submit(job, need.backend, store, policy, owner=owner)
+    return sum(job.requests for job in jobs)
+
+
+def _missing(need: Need, store: Store, policy: Policy) -> list[Requests]:
+    claimed = store.spool.key_prefixes([j.id for j in store.ledger.jobs(open_only=True)])["key"]
+    missing = []
+    for requests in need.requests:
+        found = store.results.find(prefixes(requests.frame))
+        free = unanswered(found, policy)["key"]
+        wanted = found["key"].is_in(free.implode()) & ~found["key"].is_in(claimed.implode())
+        numbered = with_attempts(requests, found)
+        missing.append(dataclasses.replace(numbered, frame=numbered.frame.filter(wanted)))
+    return missing
+
+
+def _jobs_with(keys: pl.Series, store: Store) -> list[Job]:
+    """Open jobs that hold any of these keys."""
+    jobs = store.ledger.jobs(open_only=True)
+    held = store.spool.key_prefixes([job.id for job in jobs])
+    names = set(held.filter(pl.col("key").is_in(keys.implode()))["job_id"].unique())
+    return [job for job in jobs if job.id in names]
+
+
+def advance(job: Job, backend: BatchBackend, store: Store, policy: Policy) -> None:
+    """Move one open job as far as it gets without waiting."""
+    if job.owner is not None and store.directory.is_alive(job.owner):
+        return  # its submitter is at work
+    if (job.provider, job.base_url) != (backend.provider, backend.base_url):
+        return  # sent through another host; only that one knows it
+    with store.directory.try_lock(job.id) as ours:
+        if not ours:
+            return  # somebody else is advancing it
+        current = store.ledger.get(job.id)
+        if current is None or not current.state.is_open:
+            return
+        try:
+            _move_on(current, backend, store, policy)
+        except CallFailed as error:
+            # No news is no news: the job stays where it is, and the next look tries again.
+            if not error.verdict.transient:
+                raise error.public(f"looking at {job.id}") from error
+
+
+def _move_on(job: Job, backend: BatchBackend, store: Store, policy: Policy) -> None:
+    match job.state:
+        case State.PLANNED | State.UPLOADED:
+            release(job, store, reason="its submitter stopped before the batch was created")
+        case State.CREATING | State.UNKNOWN:
+            job = settle(job, backend, store, policy)
+            if job.state is State.SUBMITTED:
+                _poll(job, backend, store, policy)
+        case State.DEFERRED if time.time() >= (job.not_before or 0.0):
+            with store.directory.submitter() as owner:
+                create(job, backend, store, policy, owner=owner)
+        case State.SUBMITTED | State.ENDED:
+            _poll(job, backend, store, policy)
+
+
+def _poll(job: Job, backend: BatchBackend, store: Store, policy: Policy) -> None:
+    status = backend.status(job)
+    match status.phase:
+        case Phase.RUNNING if (status.done, status.failed) != (job.done, job.failed):
+            store.ledger.move(job, job.state, done=status.done, failed=status.failed, reason=None)
+        case Phase.MISSING:
+            reason = f"the provider does not know {job.batch_id} with this key and project"
+            store.ledger.move(job, job.state, reason=reason)
+        case Phase.QUEUE_FULL:
+            put_off(job, store, policy, reason=status.why)
+        case Phase.REFUSED:
+            refuse(job, status, backend, store)
+        case Phase.ENDED:
+            if job.state is State.SUBMITTED:
+                job = store.ledger.move(job, State.ENDED, done=status.done, failed=status.failed, reason=None)
+            ingest(job, status, backend, store)

@@ -1,0 +1,179 @@
+"""Result lines -> durable answers, reconciled against the keys that were sent.
+
+The answers are durable before the job is closed, and writing them twice changes nothing: a crash in
+between is repaired by reading the batch again.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from datetime import UTC, datetime
+from pathlib import Path
+
+import polars as pl
+
+from polars_llm.answer import ACCOUNT, ANSWER_SCHEMA, FAILED, RETRY
+from polars_llm.backends.base import BatchBackend, BatchStatus, CallFailed
+from polars_llm.errors import AccountError
+from polars_llm.job import Job, State
+from polars_llm.store import Store
+
+__all__ = ["ingest", "reconcile", "refuse"]
+
+_DOWNLOADS = 3
+_PAUSE = 0.5
+_GONE = {404, 410}
+
+
+def ingest(job: Job, status: BatchStatus, backend: BatchBackend, store: Store) -> Job:
+    """Fetch, reconcile, write, close.
+
+    Raises
+    ------
+    AccountError
+        Some requests were refused for a reason of the account. The answers of the others are kept.
+    """
+    keys = store.spool.keys([job.id])
+    try:
+        replies = _fetch(job, status, backend, store, keys)
+    except CallFailed as error:
+        if error.status not in _GONE:
+            raise
+        answers = _all(keys, FAILED, "results_gone", f"the provider no longer has them: {error}")
+    else:
+        answers = reconcile(keys, replies, status.why)
+    refused = answers.filter(pl.col("state") == ACCOUNT)
+    _keep(answers.filter(pl.col("state") != ACCOUNT), job, store)
+    job = _close(job, State.INGESTED, answers, store)
+    _blame_account(refused, backend)
+    return job
+
+
+def refuse(job: Job, status: BatchStatus, backend: BatchBackend, store: Store) -> Job:
+    """The provider refused the whole batch before it ran; nothing was billed.
+
+    Requests that it named fail for good; the others are tried again, a bounded number of times.
+
+    Raises
+    ------
+    AccountError
+        It was refused for a reason of the account; then nothing is remembered against the rows.
+    """
+    error = CallFailed(status.why, provider=backend.provider, status=400, kind=status.kind)
+    if error.verdict.account:
+        _close(job, State.FAILED, None, store, reason=status.why)
+        raise error.public("validating the batch")
+    keys = store.spool.keys([job.id]).with_row_index("line", offset=1)
+    bad = pl.col("line").is_in(list(status.bad_lines))
+    answers = keys.select(
+        "key",
+        "attempt",
+        state=pl.when(bad).then(pl.lit(FAILED)).otherwise(pl.lit(RETRY)).cast(pl.UInt8),
+        error=pl.when(bad).then(pl.lit("invalid_request")).otherwise(pl.lit("batch_refused")),
+        error_message=pl.col("line")
+        .replace_strict(dict(status.bad_lines), default=None, return_dtype=pl.String)
+        .fill_null(status.why),
+    )
+    _keep(answers, job, store)
+    return _close(job, State.FAILED, answers, store, reason=status.why)
+
+
+def reconcile(keys: pl.DataFrame, replies: pl.DataFrame, why: str) -> pl.DataFrame:
+    """One answer for each key that was sent: the best reply, or a failure that says what is missing.
+
+    Parameters
+    ----------
+    keys
+        ``key``, ``attempt``: what was sent.
+    replies
+        REPLY_SCHEMA, any order; foreign and duplicate keys are harmless.
+    why
+        How the batch ended; a request that never ran is sent again, one that vanished is not: it
+        may have been billed.
+    """
+    best = replies.sort("state", maintain_order=True).unique("key", keep="first", maintain_order=True)
+    joined = keys.select("key", "attempt").join(best, on="key", how="left", maintain_order="left")
+    never_ran = why in {"expired", "cancelled"}
+    absent = pl.col("state").is_null()
+    return joined.with_columns(
+        state=pl.col("state").fill_null(RETRY if never_ran else FAILED),
+        error=pl.when(absent).then(pl.lit(why if never_ran else "missing_result")).otherwise(pl.col("error")),
+        error_message=pl.when(absent)
+        .then(
+            pl.lit(
+                f"the batch {why} before this request ran"
+                if never_ran
+                else "the provider's files have no line for this request; it may have been billed"
+            )
+        )
+        .otherwise(pl.col("error_message")),
+    )
+
+
+def _fetch(
+    job: Job, status: BatchStatus, backend: BatchBackend, store: Store, keys: pl.DataFrame
+) -> pl.DataFrame:
+    """Download until every key has a line, a few times: a cut download can look complete."""
+    target = store.spool.download_path(job.id, "results.jsonl")
+    replies = pl.DataFrame()
+    for attempt in range(_DOWNLOADS):
+        if attempt:
+            time.sleep(_PAUSE * 2**attempt)
+        backend.download(job, status, target)
+        replies = backend.parse(_lines(target), status)
+        if status.why != "completed" or keys.join(replies, on="key", how="anti").is_empty():
+            break
+    return replies
+
+
+def _lines(path: Path) -> Iterator[bytes]:
+    # Binary files split on LF alone: U+2028, U+2029 and U+0085 are text inside a JSON string.
+    with path.open("rb") as file:
+        yield from file
+
+
+def _all(keys: pl.DataFrame, state: int, kind: str, message: str) -> pl.DataFrame:
+    return keys.select(
+        "key",
+        "attempt",
+        state=pl.lit(state, pl.UInt8),
+        error=pl.lit(kind),
+        error_message=pl.lit(message),
+    )
+
+
+def _keep(answers: pl.DataFrame, job: Job, store: Store) -> None:
+    facts = answers.with_columns(
+        provider=pl.lit(job.provider),
+        job_id=pl.lit(job.id),
+        model=pl.coalesce("model", pl.lit(job.model)) if "model" in answers.columns else pl.lit(job.model),
+        received_at=pl.lit(datetime.now(UTC)),
+    )
+    missing = [pl.lit(None, t).alias(n) for n, t in ANSWER_SCHEMA.items() if n not in facts.columns]
+    store.results.add(facts.with_columns(missing).select(pl.col(n).cast(t) for n, t in ANSWER_SCHEMA.items()))
+
+
+def _close(
+    job: Job, state: State, answers: pl.DataFrame | None, store: Store, reason: str | None = None
+) -> Job:
+    failed = 0 if answers is None else answers.filter(pl.col("state") >= FAILED).height
+    done = 0 if answers is None else answers.height - failed
+    job = store.ledger.move(job, state, done=done, failed=failed, reason=reason)
+    # Prompt files hold users' data: once the answers are durable nothing needs them.
+    store.spool.remove(job.id)
+    return job
+
+
+def _blame_account(refused: pl.DataFrame, backend: BatchBackend) -> None:
+    if refused.is_empty():
+        return
+    kind, message = refused.select("error", "error_message").row(0)
+    raise AccountError(
+        f"{backend.provider} refused {refused.height:,} requests of the batch for a reason of the"
+        f" account ({kind}): {message}",
+        provider=backend.provider,
+        kind=kind,
+        hint="mend the account, then run the same line again: these requests, and only these, are"
+        " sent again. They were not billed; the answers of the others are kept.",
+    )

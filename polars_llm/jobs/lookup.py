@@ -1,0 +1,64 @@
+"""Looking up: what is answered, what is in flight, what is missing."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import polars as pl
+
+from polars_llm.answer import FAILED, RETRY
+from polars_llm.request import Requests
+
+__all__ = ["Policy", "prefixes", "unanswered", "with_attempts"]
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Policy:
+    """How an evaluation behaves.
+
+    Parameters
+    ----------
+    wait
+        Stay until everything is answered.
+    poll_interval
+        Longest time between two looks, seconds.
+    quiet_period
+        How long an empty list of batches must have been empty before a lost create counts as never
+        done, in seconds beyond the create call's own timeout.
+    max_attempts
+        How often a request is sent that failed for a passing reason, the first time included.
+    retry_failed
+        Send again what failed for good.
+    max_cost
+        USD.
+    """
+
+    wait: bool = False
+    poll_interval: float = 30.0
+    quiet_period: float = 120.0
+    max_attempts: int = 3
+    retry_failed: bool = False
+    max_cost: float | None = None
+
+
+def prefixes(frame: pl.DataFrame) -> pl.Series:
+    """Binary keys as they are looked up: the first 16 bytes as UInt128."""
+    return frame.select(
+        pl.col("key").bin.slice(0, 16).bin.reinterpret(dtype=pl.UInt128, endianness="big")
+    ).to_series()
+
+
+def unanswered(found: pl.DataFrame, policy: Policy) -> pl.DataFrame:
+    """Rows of `ResultStore.find` that must be sent: never answered, or to be tried again."""
+    again = (pl.col("state") == RETRY) & (pl.col("attempt") < policy.max_attempts)
+    if policy.retry_failed:
+        again = again | (pl.col("state") >= FAILED)
+    return found.filter(pl.col("key").is_not_null() & (pl.col("state").is_null() | again))
+
+
+def with_attempts(requests: Requests, found: pl.DataFrame) -> Requests:
+    """The same requests, numbered by how often each was answered before."""
+    attempts = found["attempt"].fill_null(0) + 1
+    return dataclasses.replace(
+        requests, frame=requests.frame.with_columns(attempts.cast(pl.UInt16).alias("attempt"))
+    )

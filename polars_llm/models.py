@@ -1,0 +1,181 @@
+"""Model strings and option objects -> backends."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from typing import Any, ClassVar, TypeAlias
+
+from polars_llm.backends.base import BatchBackend
+from polars_llm.backends.hosts import normalise_base_url
+from polars_llm.errors import InvalidRequest, ModelNotChosen
+from polars_llm.job import Job
+
+__all__ = ["Model", "OpenAI", "for_job", "of_provider", "resolve"]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Hosted:
+    """What all hosted models share; the key is held here and nowhere else."""
+
+    name: str
+    base_url: str | None = dataclasses.field(default=None, repr=False)
+    api_key: str | None = dataclasses.field(default=None, repr=False, compare=False)
+    cache_as: str | None = None
+
+    _own: ClassVar[str]
+    _base_url_variable: ClassVar[str]
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A pickled plan travels and is stored; the other side reads the key from its environment.
+        return {**self.__dict__, "api_key": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+
+    @property
+    def _address(self) -> str | None:
+        return self.base_url or os.environ.get(self._base_url_variable) or None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, init=False)
+class OpenAI(_Hosted):
+    """A model behind OpenAI's Batch service, or a host that speaks it.
+
+    Parameters
+    ----------
+    name
+        The model's name there, for example ``"gpt-6-luna"``.
+    base_url
+        Another host's address, ending in ``/v1`` as a rule. Default: ``OPENAI_BASE_URL``, else
+        OpenAI's own. Takes part in the key, without user info and query.
+    api_key
+        Default: ``OPENAI_API_KEY``. Never written to disk, shown in a repr, or pickled.
+    cache_as
+        Enters the key in place of `base_url`: give it the old address when a host moves, and the
+        answers from there stay valid.
+
+    Raises
+    ------
+    InvalidRequest
+        At call: an empty name, or a `base_url` that is not an http address.
+
+    Examples
+    --------
+    >>> import polars_llm as pllm
+    >>> pllm.OpenAI("gpt-6-luna")
+    OpenAI('gpt-6-luna')
+    """
+
+    _own: ClassVar[str] = "https://api.openai.com/v1"
+    _base_url_variable: ClassVar[str] = "OPENAI_BASE_URL"
+
+    def __init__(
+        self,
+        name: str,
+        *,
+        base_url: str | None = None,
+        api_key: str | None = None,
+        cache_as: str | None = None,
+    ) -> None:
+        _check_name(name)
+        normalise_base_url(base_url, own=self._own)
+        for field, value in (
+            ("name", name),
+            ("base_url", base_url),
+            ("api_key", api_key),
+            ("cache_as", normalise_base_url(cache_as, own=self._own) if cache_as else None),
+        ):
+            object.__setattr__(self, field, value)
+
+    def __repr__(self) -> str:
+        host = normalise_base_url(self.base_url, own=self._own)
+        return f"OpenAI({self.name!r}{f', base_url={host!r}' if host else ''})"
+
+    def backend(self) -> BatchBackend:
+        """The backend as the environment stands now."""
+        from polars_llm.backends.openai import OpenAIBatch
+
+        address = self._address
+        return OpenAIBatch(
+            self.name,
+            base_url=normalise_base_url(address, own=self._own),
+            address=address,
+            cache_as=self.cache_as,
+            api_key=self.api_key,
+        )
+
+
+Model: TypeAlias = OpenAI
+
+_BY_PREFIX: dict[str, type[Model]] = {"openai": OpenAI}
+
+
+def resolve(model: str | Model | None) -> Model:
+    """A model object from what the user gave, or what is configured.
+
+    Raises
+    ------
+    ModelNotChosen
+        At call: None was given and none is configured.
+    InvalidRequest
+        At call: a string that names no provider, or an unknown one.
+    """
+    if model is None:
+        raise ModelNotChosen(
+            "No model was given and none is configured.",
+            hint="pass model='openai/gpt-6-luna', or call pllm.Config(model=...), or set"
+            " POLARS_LLM_MODEL. Nothing was sent.",
+        )
+    if not isinstance(model, str):
+        if isinstance(model, tuple(_BY_PREFIX.values())):
+            return model
+        raise InvalidRequest(
+            f"model is a {type(model).__name__}, not a string or a model object",
+            hint="for example model='openai/gpt-6-luna'. Nothing was sent.",
+        )
+    prefix, slash, name = model.partition("/")
+    if not slash or prefix not in _BY_PREFIX:
+        known = ", ".join(f"'{p}/NAME'" for p in _BY_PREFIX)
+        raise InvalidRequest(
+            f"model={model!r} does not name a provider that this library knows",
+            hint=f"write it as one of {known}. Nothing was sent.",
+        )
+    return _BY_PREFIX[prefix](name)
+
+
+def of_provider(provider: str | Model) -> Model:
+    """A model object for calls that concern an account, not a model.
+
+    Raises
+    ------
+    InvalidRequest
+        At call: not a provider with batches.
+    """
+    if not isinstance(provider, str):
+        return resolve(provider)
+    if provider not in _BY_PREFIX:
+        known = ", ".join(repr(p) for p in _BY_PREFIX)
+        raise InvalidRequest(
+            f"{provider!r} is not a provider with batches", hint=f"write one of {known}. Nothing was sent."
+        )
+    return _BY_PREFIX[provider]("any")
+
+
+def for_job(job: Job, model: Model | None = None) -> BatchBackend:
+    """The backend that can reach a job: the environment's own address if it is the job's."""
+    if model is not None:
+        return model.backend()
+    cls = type(of_provider(job.provider))
+    backend = cls(job.model or "any").backend()
+    if backend.base_url == job.base_url:
+        return backend
+    return cls(job.model or "any", base_url=job.base_url or cls._own).backend()
+
+
+def _check_name(name: str) -> None:
+    if not isinstance(name, str) or not name.strip():
+        raise InvalidRequest(
+            "The model has no name.",
+            hint="for example pllm.OpenAI('gpt-6-luna'). Nothing was sent.",
+        )

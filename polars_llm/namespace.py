@@ -1,0 +1,206 @@
+"""The `.llm` namespace on DataFrame, LazyFrame, Expr and Series: thin, and documented for users."""
+
+from __future__ import annotations
+
+import inspect
+import warnings
+from collections.abc import Callable
+from typing import Any, TypeVar, Unpack
+
+import polars as pl
+from polars._typing import IntoExpr
+
+from polars_llm.errors import LLMWarning
+from polars_llm.frame import nodes, verbs
+from polars_llm.frame.verbs import GenerateOptions
+
+__all__ = ["LLMDataFrame", "LLMExpr", "LLMLazyFrame", "LLMSeries", "register"]
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+_GENERATE = """Ask a model one prompt a row; the answers come back as {gives}.
+
+        The distinct prompts that have no answer yet become one offline batch job, at half price.
+        {when} Evaluating the same again resumes: what was sent is never sent twice, what was answered
+        comes from the cache.
+
+        Parameters
+        ----------
+        prompt
+            {prompt}
+        model
+            ``"openai/NAME"``, or a model object such as ``pllm.OpenAI("NAME")``. Default:
+            ``pllm.Config(model=...)``, then the environment variable ``POLARS_LLM_MODEL``.
+        system
+            System prompt: text, or an expression for one per row (null: none for that row). A string
+            is literal text, never a column's name.
+        name
+            Name of the column.
+        output
+            ``"value"`` gives a String column. ``"full"`` gives a Struct of value, status (Enum done,
+            pending, failed), error, finish_reason, input_tokens, cached_input_tokens, output_tokens,
+            cost_usd, model, job_id and key. Duplicate rows share a key: sum costs over unique keys.
+        on_pending
+            ``"raise"`` (default) submits what is missing and raises `JobsPending`. ``"wait"`` stays,
+            with a progress bar; Ctrl+C stops the waiting, not the job. ``"null"`` submits, and gives
+            what is there.
+        on_error
+            ``"null"`` (default): a failed request gives null, and one `LLMWarning` counts failures by
+            kind. ``"raise"`` raises `RequestsFailed`.
+        max_tokens
+            Most output tokens of an answer, thinking included.
+        temperature, top_p, stop, seed, reasoning_effort
+            As the provider documents them. What you do not set is not sent.
+        params
+            Any other field of the request body.
+        sample
+            Ask the same thing again: each number is a request of its own. An int, or an expression of
+            ints. With `seed`, sample *n* is sent with seed + *n*.
+        retry_failed
+            Send again what failed for good. What failed for a passing reason is sent again anyway,
+            alone, up to three times in all.
+
+        Returns
+        -------
+        {returns}
+            {what} Null prompts give null, unsent and unpaid; order and height never change.
+
+        Raises
+        ------
+        ModelNotChosen, InvalidRequest
+            At call: no model, or an argument that cannot be sent. {late}: a column that is not text.
+        JobsPending
+            {late}, with ``on_pending="raise"``, while answers are missing.
+        RequestsFailed
+            {late}, with ``on_error="raise"``, if a request failed for good.
+        ProviderError, CacheError
+            {late}: the provider said no, or the cache directory cannot be used. The message says what
+            happened to the money.
+
+        Notes
+        -----
+        Costs: one request for each distinct prompt (with its system prompt, parameters and sample)
+        that was never answered, at the provider's batch price, half of the usual. Nothing for nulls,
+        duplicates, cached answers and failed requests.
+"""
+
+_EAGER = "The first call submits it and raises `JobsPending`; a later call returns the answers."
+_LAZY = "The first collect submits it and raises `JobsPending`; a later one returns the answers."
+_COLUMN = "A column's name, or an expression such as ``pl.format('Summarise: {}', 'text')``."
+
+
+def _documented(**words: str) -> Callable[[F], F]:
+    """Give a method the verb's docstring, and the signature that it passes on."""
+
+    def dress(method: F) -> F:
+        method.__doc__ = _GENERATE.format_map(_Literal(words))
+        own = inspect.signature(method)
+        passed = inspect.signature(verbs.generate).parameters.values()
+        options = [p for p in passed if p.kind is p.KEYWORD_ONLY]
+        first = [p for p in own.parameters.values() if p.kind is not p.VAR_KEYWORD]
+        method.__signature__ = own.replace(parameters=[*first, *options])  # type: ignore[attr-defined]
+        return method
+
+    return dress
+
+
+class _Literal(dict[str, str]):
+    def __missing__(self, key: str) -> str:
+        return "{" + key + "}"
+
+
+class LLMDataFrame:
+    """LLM verbs on a DataFrame: each adds a column."""
+
+    def __init__(self, frame: pl.DataFrame) -> None:
+        self._frame = frame
+
+    @_documented(
+        gives="a column",
+        when=_EAGER,
+        prompt=_COLUMN,
+        returns="DataFrame",
+        what="The frame with the column `name`.",
+        late="At call",
+    )
+    def generate(self, prompt: IntoExpr, **options: Unpack[GenerateOptions]) -> pl.DataFrame:
+        return nodes.on_frame(self._frame, verbs.generate(prompt, **options))
+
+
+class LLMLazyFrame:
+    """LLM verbs on a LazyFrame: each adds a column, and pays for the rows that the query needs."""
+
+    def __init__(self, frame: pl.LazyFrame) -> None:
+        self._frame = frame
+
+    @_documented(
+        gives="a column",
+        when=_LAZY,
+        prompt=_COLUMN,
+        returns="LazyFrame",
+        what="The lazy frame with the column `name`. Building and explaining it sends nothing.",
+        late="At collect",
+    )
+    def generate(self, prompt: IntoExpr, **options: Unpack[GenerateOptions]) -> pl.LazyFrame:
+        return nodes.lazily(self._frame, verbs.generate(prompt, **options))
+
+
+class LLMExpr:
+    """LLM verbs on an expression of prompts: each is an expression of answers."""
+
+    def __init__(self, expr: pl.Expr) -> None:
+        self._expr = expr
+
+    @_documented(
+        gives="an expression",
+        when=_LAZY,
+        prompt="The expression itself.",
+        returns="Expr",
+        what="The answers, named `name`; the whole column is asked at once.",
+        late="When evaluated",
+    )
+    def generate(self, **options: Unpack[GenerateOptions]) -> pl.Expr:
+        return nodes.expression(verbs.generate(self._expr, **options))
+
+
+class LLMSeries:
+    """LLM verbs on a Series of prompts: each is a Series of answers."""
+
+    def __init__(self, series: pl.Series) -> None:
+        self._series = series
+
+    @_documented(
+        gives="a Series",
+        when=_EAGER,
+        prompt="The series itself.",
+        returns="Series",
+        what="The answers, named `name`.",
+        late="At call",
+    )
+    def generate(self, **options: Unpack[GenerateOptions]) -> pl.Series:
+        return nodes.on_series(self._series, verbs.generate(pl.col(verbs.PROMPT), **options))
+
+
+_REGISTER: tuple[tuple[type, Callable[[str], Callable[[type], type]], type], ...] = (
+    (pl.DataFrame, pl.api.register_dataframe_namespace, LLMDataFrame),
+    (pl.LazyFrame, pl.api.register_lazyframe_namespace, LLMLazyFrame),
+    (pl.Expr, pl.api.register_expr_namespace, LLMExpr),
+    (pl.Series, pl.api.register_series_namespace, LLMSeries),
+)
+
+
+def register() -> None:
+    """Put `.llm` on the four Polars types; a warning if another package holds it."""
+    for cls, registrar, namespace in _REGISTER:
+        holder = getattr(cls, "llm", None)
+        if getattr(holder, "__module__", __name__) != __name__:
+            warnings.warn(
+                LLMWarning(
+                    f"{cls.__name__}.llm belonged to {holder.__module__}; now polars_llm holds it.\n\n"
+                    "Hint: import only one of the two; the last import wins."
+                ),
+                stacklevel=3,
+            )
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "overriding existing custom namespace")
+            registrar("llm")(namespace)

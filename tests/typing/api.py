@@ -1,0 +1,28 @@
+"""What type checkers must accept. They cannot see `.llm` on Polars' own classes; these can be named."""
+
+from __future__ import annotations
+
+import polars as pl
+
+import polars_llm as pllm
+from polars_llm.namespace import LLMDataFrame, LLMExpr, LLMLazyFrame, LLMSeries
+
+df = pl.DataFrame({"prompt": ["a"]})
+
+eager: pl.DataFrame = LLMDataFrame(df).generate("prompt", model="openai/gpt-6-luna", max_tokens=10)
+lazy: pl.LazyFrame = LLMLazyFrame(df.lazy()).generate(pl.col("prompt"), system="Be brief.", output="full")
+expr: pl.Expr = LLMExpr(pl.col("prompt")).generate(on_pending="wait", sample=pl.col("n"))
+series: pl.Series = LLMSeries(df["prompt"]).generate(params={"service_tier": "flex"}, stop=["\n"])
+
+model = pllm.OpenAI("gpt-6-luna", base_url="https://host.example/v1", api_key="k")
+with pllm.Config(model=model, poll_interval=5.0, on_pending="null", on_error="raise"):
+    pass
+
+frame: pl.DataFrame = pllm.jobs(open_only=True)
+answers: pl.LazyFrame = pllm.results(body=True)
+
+try:
+    pass
+except pllm.JobsPending as pending:
+    names: list[str] = pending.jobs
+    seconds: float = pending.next_poll
