@@ -23,12 +23,13 @@ from polars_llm.errors import (
     ResultsGone,
     UnansweredInput,
 )
-from polars_llm.models import OpenAI
+from polars_llm.models import Anthropic, OpenAI
 from polars_llm.namespace import register
 from polars_llm.operate import abandon, cancel, jobs, recover, results
 
 __all__ = [
     "AccountError",
+    "Anthropic",
     "BudgetExceeded",
     "CacheCorrupt",
     "CacheError",

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 import os
+from collections.abc import Sequence
 from typing import Any, ClassVar, TypeAlias
 
+from polars_llm.backends import messages
 from polars_llm.backends.base import BatchBackend
 from polars_llm.backends.hosts import normalise_base_url
 from polars_llm.errors import InvalidRequest, ModelNotChosen
 from polars_llm.job import Job
 
-__all__ = ["Model", "OpenAI", "for_job", "of_provider", "resolve"]
+__all__ = ["Anthropic", "Model", "OpenAI", "for_job", "of_provider", "resolve"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -33,9 +35,26 @@ class _Hosted:
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
 
+    def _set(self, name: str, base_url: str | None, api_key: str | None, cache_as: str | None) -> None:
+        _check_name(name)
+        normalise_base_url(base_url, own=self._own)
+        facts = {
+            "name": name,
+            "base_url": base_url,
+            "api_key": api_key,
+            "cache_as": (normalise_base_url(cache_as, own=self._own) or self._own) if cache_as else None,
+        }
+        for field, value in facts.items():
+            object.__setattr__(self, field, value)
+
     @property
     def _address(self) -> str | None:
         return self.base_url or os.environ.get(self._base_url_variable) or None
+
+    @property
+    def _key_url(self) -> str | None:
+        """What stands for the host in keys."""
+        return normalise_base_url(self.cache_as or self._address, own=self._own)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, init=False)
@@ -78,15 +97,7 @@ class OpenAI(_Hosted):
         api_key: str | None = None,
         cache_as: str | None = None,
     ) -> None:
-        _check_name(name)
-        normalise_base_url(base_url, own=self._own)
-        for field, value in (
-            ("name", name),
-            ("base_url", base_url),
-            ("api_key", api_key),
-            ("cache_as", normalise_base_url(cache_as, own=self._own) if cache_as else None),
-        ):
-            object.__setattr__(self, field, value)
+        self._set(name, base_url, api_key, cache_as)
 
     def __repr__(self) -> str:
         host = normalise_base_url(self.base_url, own=self._own)
@@ -101,14 +112,99 @@ class OpenAI(_Hosted):
             self.name,
             base_url=normalise_base_url(address, own=self._own),
             address=address,
-            cache_as=self.cache_as,
+            key_url=self._key_url,
             api_key=self.api_key,
         )
 
 
-Model: TypeAlias = OpenAI
+@dataclasses.dataclass(frozen=True, kw_only=True, init=False)
+class Anthropic(_Hosted):
+    """A model behind Anthropic's Message Batches, or a host that speaks them.
 
-_BY_PREFIX: dict[str, type[Model]] = {"openai": OpenAI}
+    The API wants a limit for every answer: where a verb sets no ``max_tokens`` it is 4,096 tokens.
+    Thinking counts as part of the answer, so give it more room where a model thinks
+    (``reasoning_effort``, ``params={"thinking": ...}``).
+
+    Parameters
+    ----------
+    name
+        The model's name there, for example ``"claude-haiku-5-5"``.
+    base_url
+        Another host's address, without ``/v1``. Default: ``ANTHROPIC_BASE_URL``, else Anthropic's
+        own. Takes part in the key, without user info and query. The API key is sent to this host
+        only: results that it says are elsewhere are asked for here.
+    api_key
+        Default: ``ANTHROPIC_API_KEY``, then whatever else the SDK finds. Never written to disk,
+        shown in a repr, or pickled.
+    cache_as
+        Enters the key in place of `base_url`: give it the old address when a host moves, and the
+        answers from there stay valid.
+    api_version
+        Version of the API (header ``anthropic-version``), part of the key. The default knows no
+        ``temperature``, ``top_p`` and ``top_k``; older models still take them under
+        ``"2023-06-01"``.
+    betas
+        Names of beta features (header ``anthropic-beta``), part of the key.
+
+    Raises
+    ------
+    InvalidRequest
+        At call: an empty name, a `base_url` that is not an http address, an `api_version` that is
+        not a date.
+
+    Examples
+    --------
+    >>> import polars_llm as pllm
+    >>> pllm.Anthropic("claude-haiku-5-5")
+    Anthropic('claude-haiku-5-5')
+    """
+
+    api_version: str = messages.API_VERSION
+    betas: tuple[str, ...] = ()
+
+    _own: ClassVar[str] = "https://api.anthropic.com"
+    _base_url_variable: ClassVar[str] = "ANTHROPIC_BASE_URL"
+
+    def __init__(
+        self,
+        name: str,
+        *,
+        base_url: str | None = None,
+        api_key: str | None = None,
+        cache_as: str | None = None,
+        api_version: str = messages.API_VERSION,
+        betas: Sequence[str] = (),
+    ) -> None:
+        self._set(name, base_url, api_key, cache_as)
+        messages.headers(api_version, betas)
+        object.__setattr__(self, "api_version", api_version)
+        object.__setattr__(self, "betas", tuple(betas))
+
+    def __repr__(self) -> str:
+        host = normalise_base_url(self.base_url, own=self._own)
+        version = self.api_version if self.api_version != messages.API_VERSION else None
+        facts = {"base_url": host, "api_version": version, "betas": list(self.betas)}
+        said = "".join(f", {field}={value!r}" for field, value in facts.items() if value)
+        return f"Anthropic({self.name!r}{said})"
+
+    def backend(self) -> BatchBackend:
+        """The backend as the environment stands now."""
+        from polars_llm.backends.anthropic import AnthropicBatch
+
+        address = self._address
+        return AnthropicBatch(
+            self.name,
+            base_url=normalise_base_url(address, own=self._own),
+            address=address,
+            key_url=self._key_url,
+            api_key=self.api_key,
+            headers=messages.headers(self.api_version, self.betas),
+        )
+
+
+Model: TypeAlias = OpenAI | Anthropic
+
+_BY_PREFIX: dict[str, type[OpenAI] | type[Anthropic]] = {"openai": OpenAI, "anthropic": Anthropic}
 
 
 def resolve(model: str | Model | None) -> Model:

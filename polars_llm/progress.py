@@ -62,7 +62,8 @@ class Progress:
             if place == "bar":
                 self._bar = _start_bar(console, self._total, self._what)
             else:
-                self._lines = _Lines("plain" if place == "log" and self._enabled else place)
+                wanted = place == "log" and self._enabled and sys.stderr is not None
+                self._lines = _Lines("plain" if wanted else place)
         return self
 
     def update(self, done: int, note: str = "") -> None:
@@ -117,7 +118,7 @@ class _Lines:
         if self._place == "notebook":
             sys.stderr.write(f"\r{line:<79}")
         elif self._place == "plain" and not _logger.isEnabledFor(logging.INFO):
-            print(line, file=sys.stderr)
+            sys.stderr.write(f"{line}\n")
         else:
             _logger.info("%s", line)
 
@@ -153,10 +154,12 @@ def _start_bar(console: Console, total: int, what: str) -> Bar | None:
     bar.add_task(what, total=total, note="")
     try:
         bar.start()
-    except OSError:
-        return None
-    except BaseException:  # Ctrl+C after the cursor was hidden, before the with statement holds us
-        _stop_bar(bar)
+    except BaseException as error:  # also Ctrl+C, before the with statement holds us
+        # What a start that was cut off has put in place is undone; rich trips over what it hasn't.
+        with contextlib.suppress(IndexError):
+            _stop_bar(bar)
+        if isinstance(error, OSError):
+            return None
         raise
     return bar
 

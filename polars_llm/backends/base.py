@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from enum import StrEnum
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol, TypeAlias, TypeVar
 
 import polars as pl
 import tenacity
@@ -20,6 +20,7 @@ __all__ = [
     "BatchStatus",
     "CallFailed",
     "Found",
+    "IsOurs",
     "Limits",
     "ListedBatch",
     "Options",
@@ -104,6 +105,10 @@ class Found:
     candidates: tuple[str, ...] = ()
 
 
+IsOurs: TypeAlias = Callable[[Iterable[str]], bool | None]
+"""Whether custom_ids of a batch, any order, are the job's; None if that can't be said."""
+
+
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class ListedBatch:
     """A batch in the account's list.
@@ -161,8 +166,12 @@ class BatchBackend(Protocol):
     def create(self, job: Job, path: Path) -> str:
         """Create the batch, exactly one call on the wire; returns its id."""
 
-    def find(self, job: Job, known: Collection[str]) -> Found:
-        """Look for the batch of a job whose create reply was lost."""
+    def find(self, job: Job, known: Collection[str], is_ours: IsOurs) -> Found:
+        """Look for the batch of a job whose create reply was lost.
+
+        `known` are batches of other jobs; `is_ours` is for providers that can only be asked what was
+        in a batch.
+        """
 
     def status(self, job: Job) -> BatchStatus:
         """One look at the batch."""
@@ -225,6 +234,10 @@ _ACCOUNT_KINDS = frozenset(
         "permission_error",
         "model_not_found",
         "unsupported_country_region_territory",
+        "enforced_spend_limit_reached",
+        "contract_spend_limit_reached",
+        "linked_organization_spend_limit_reached",
+        "organization_on_hold",
     }
 )
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -10,12 +9,13 @@ from typing import Any
 import msgspec
 import polars as pl
 
-from polars_llm.answer import ACCOUNT, DONE, FAILED, RETRY
-from polars_llm.backends.base import Options, verdict
+from polars_llm.answer import DONE
+from polars_llm.backends.base import Options
+from polars_llm.backends.replies import Reply, decoded, failed, never_ran, rows
 from polars_llm.errors import InvalidRequest
-from polars_llm.request import Json, Requests, canonical, custom_ids, key_from_custom_id
+from polars_llm.request import Json, Requests, canonical, custom_ids
 
-__all__ = ["ENDPOINT", "REPLY_SCHEMA", "body", "custom_ids_of", "parse_lines", "read_reply", "render"]
+__all__ = ["ENDPOINT", "body", "custom_ids_of", "parse_lines", "read_reply", "render"]
 
 ENDPOINT = "/v1/chat/completions"
 
@@ -151,20 +151,6 @@ class _Chat(msgspec.Struct):
     usage: _Usage | None = None
 
 
-REPLY_SCHEMA: Mapping[str, pl.DataType] = {
-    "key": pl.Binary(),
-    "state": pl.UInt8(),
-    "text": pl.String(),
-    "error": pl.String(),
-    "error_message": pl.String(),
-    "finish_reason": pl.String(),
-    "input_tokens": pl.Int64(),
-    "cached_input_tokens": pl.Int64(),
-    "output_tokens": pl.Int64(),
-    "model": pl.String(),
-    "body": pl.Binary(),
-}
-
 _chat_decoder = msgspec.json.Decoder(_Chat)
 _error_decoder = msgspec.json.Decoder(_ErrorBody)
 _line_decoder = msgspec.json.Decoder(_Line)
@@ -172,36 +158,17 @@ _line_decoder = msgspec.json.Decoder(_Line)
 # Codes of lines that never ran; sent again by themselves, alone, a bounded number of times.
 _NEVER_RAN = {"batch_expired": "expired", "batch_cancelled": "cancelled"}
 
-Reply = dict[str, Any]
-
 
 def parse_lines(lines: Iterable[bytes]) -> pl.DataFrame:
-    """Lines of output and error files as one frame (REPLY_SCHEMA).
-
-    Lines that are not JSON, and lines whose custom_id is not ours, are left out: the caller
-    reconciles against the custom_ids that it sent.
-    """
-    rows: list[Reply] = []
-    for raw in lines:
-        line = raw.strip(b" \r\n\t\xef\xbb\xbf")
-        if not line:
-            continue
-        try:
-            decoded = _line_decoder.decode(line)
-        except (msgspec.DecodeError, UnicodeDecodeError):
-            continue
-        key = key_from_custom_id(decoded.custom_id)
-        if key is not None:
-            rows.append({"key": key, **_read_line(decoded)})
-    return pl.DataFrame(rows, schema=REPLY_SCHEMA)
+    """Lines of output and error files as one frame (REPLY_SCHEMA)."""
+    return rows(lines, _line_decoder, _read_line)
 
 
 def custom_ids_of(path: Path) -> Iterator[str]:
     """The custom_ids in a file of request or result lines."""
     with path.open("rb") as file:
-        for line in file:
-            with contextlib.suppress(msgspec.DecodeError):
-                yield _line_decoder.decode(line).custom_id
+        for line in decoded(file, _line_decoder):
+            yield line.custom_id
 
 
 def _read_line(line: _Line) -> Reply:
@@ -264,9 +231,5 @@ def _text(content: Any) -> str | None:
 
 def _failed(status: int | None, kind: str, message: Any, raw: bytes) -> Reply:
     if kind in _NEVER_RAN:
-        state, kind = RETRY, _NEVER_RAN[kind]
-    else:
-        meaning = verdict(status, kind=kind)
-        state = ACCOUNT if meaning.account else RETRY if meaning.transient else FAILED
-    text = message if isinstance(message, str) else None if message is None else str(message)
-    return {"state": state, "error": kind, "error_message": text, "body": raw or None}
+        return never_ran(_NEVER_RAN[kind], message, raw)
+    return failed(status, kind, message, raw)

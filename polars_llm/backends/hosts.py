@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
-from urllib.parse import urlsplit, urlunsplit
+from urllib.parse import SplitResult, urlsplit, urlunsplit
 
 from polars_llm.errors import InvalidRequest
 
-__all__ = ["normalise_base_url", "redact"]
+__all__ = ["is_at", "normalise_base_url", "redact"]
 
 _DEFAULT_PORTS = {"http": 80, "https": 443}
 _KEY_SHAPES = re.compile(r"\b(sk|key|gsk|hf|xai)[-_][A-Za-z0-9_\-*]{6,}")
@@ -39,6 +39,21 @@ def normalise_base_url(address: str | None, *, own: str) -> str | None:
         host = f"{host}:{parts.port}"
     clean = urlunsplit((parts.scheme.lower(), host, parts.path.rstrip("/"), "", ""))
     return None if clean == own.rstrip("/") else clean
+
+
+def is_at(address: str, base_url: str) -> bool:
+    """True if `address` is relative, or of the same scheme, host and port as `base_url`.
+
+    Only then may it get the credentials that are meant for `base_url`.
+    """
+    theirs, ours = urlsplit(address), urlsplit(base_url)
+    if not theirs.scheme and not theirs.netloc:
+        return True
+    return _origin(theirs) == _origin(ours)
+
+
+def _origin(parts: SplitResult) -> tuple[str, str | None, int | None]:
+    return parts.scheme, parts.hostname, parts.port or _DEFAULT_PORTS.get(parts.scheme)
 
 
 def redact(text: str, secrets: Iterable[str | None]) -> str:

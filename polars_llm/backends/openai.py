@@ -9,9 +9,9 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import json
 import os
-import threading
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,12 +22,14 @@ from polars_llm.backends.base import (
     BatchStatus,
     CallFailed,
     Found,
+    IsOurs,
     Limits,
     ListedBatch,
     Options,
     Phase,
     retrying,
 )
+from polars_llm.backends.clients import PerProcess, retry_after
 from polars_llm.backends.hosts import redact
 from polars_llm.errors import AccountError
 from polars_llm.job import Job
@@ -59,17 +61,19 @@ class OpenAIBatch:
         *,
         base_url: str | None = None,
         address: str | None = None,
-        cache_as: str | None = None,
+        key_url: str | None = None,
         api_key: str | None = None,
     ) -> None:
-        """`base_url` is normalised (None: the provider's own), `address` is what the SDK gets."""
+        """`base_url` is normalised (None: the provider's own), `address` is what the SDK gets.
+
+        `key_url` stands for the host in keys.
+        """
         self._model = model
         self.base_url = base_url
         self._address = address
-        self._cache_as = cache_as
+        self._key_url = key_url
         self._api_key = api_key
-        self._clients: dict[int, openai.OpenAI] = {}
-        self._lock = threading.Lock()
+        self._clients = PerProcess(self._connect)
 
     def __repr__(self) -> str:
         return f"OpenAIBatch({self._model!r}, base_url={self.base_url!r})"
@@ -78,7 +82,7 @@ class OpenAIBatch:
         """What is constant over a column."""
         return RequestHeader(
             provider=self.provider,
-            base_url=self._cache_as or self.base_url,
+            base_url=self._key_url,
             endpoint=chat.ENDPOINT,
             model=self._model,
             body=chat.body(options),
@@ -115,10 +119,13 @@ class OpenAIBatch:
                 completion_window="24h",
                 metadata={"pllm_job": job.id},
             )
+        if not batch.id:
+            raise CallFailed("the reply to create has no id", provider=self.provider)
         return batch.id
 
-    def find(self, job: Job, known: Collection[str]) -> Found:
+    def find(self, job: Job, known: Collection[str], is_ours: IsOurs) -> Found:
         """Look through the account's batches, newest first, back to the upload of the file."""
+        del known, is_ours  # a batch says itself whose it is
         oldest = self._uploaded_at(job)
         for batch in self._batches():
             if batch.created_at is not None and batch.created_at < oldest:
@@ -237,18 +244,10 @@ class OpenAIBatch:
 
     def close(self) -> None:
         """Close this process' connections."""
-        with self._lock:
-            client = self._clients.pop(os.getpid(), None)
-        if client is not None:
-            client.close()
+        self._clients.close()
 
     def _client(self) -> openai.OpenAI:
-        # One per process: a forked child must not share its parent's connections.
-        with self._lock:
-            client = self._clients.get(os.getpid())
-            if client is None:
-                client = self._clients[os.getpid()] = self._connect()
-            return client
+        return self._clients.get()
 
     def _connect(self) -> openai.OpenAI:
         try:
@@ -280,10 +279,13 @@ class OpenAIBatch:
                 provider=self.provider,
                 status=error.status_code,
                 kind=error.code or error.type,
-                retry_after=_retry_after(error.response.headers),
+                retry_after=retry_after(error.response.headers),
             ) from None
         except (openai.APIConnectionError, httpx2.TransportError, httpx2.StreamError) as error:
             raise self._lost(error.__cause__ or error) from None
+        except (openai.APIError, json.JSONDecodeError) as error:
+            # A reply that cannot be read says nothing of what was done.
+            raise self._lost(error) from None
 
     def _lost(self, cause: BaseException) -> CallFailed:
         import httpx2
@@ -297,13 +299,6 @@ class OpenAIBatch:
 
     def _secrets(self) -> tuple[str | None, ...]:
         return (self._api_key, os.environ.get("OPENAI_API_KEY"))
-
-
-def _retry_after(headers: Mapping[str, str]) -> float | None:
-    try:
-        return float(headers.get("retry-after", ""))
-    except ValueError:
-        return None
 
 
 def _status(batch: Batch) -> BatchStatus:

@@ -72,7 +72,7 @@ class Pending:
         count = len(self.jobs)
         batches = "1 batch job" if count == 1 else f"{count} batch jobs"
         said = f"{self.sent:,} requests sent now, " if self.sent else ""
-        stuck = [j for j in self.jobs if j.reason and j.state is not State.SUBMITTED]
+        stuck = [j for j in self.jobs if j.reason]
         why = f" ({stuck[0].id} is {stuck[0].state}: {stuck[0].reason})" if stuck else ""
         return JobsPending(
             f"{said}{len(self.keys):,} answers pending in {batches}, {done:,} of {total:,} requests"

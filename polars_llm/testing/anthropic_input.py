@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any, Literal
 
 from .dialogue import ModelRequest, body_digest, count_tokens, refuse
-from .schema_rules import check_anthropic_schema
+from .schema_rules import check_anthropic_schema, check_references
 
 VERSIONS = ("2023-06-01", "2026-10-21")
 WITHOUT_SAMPLING = "2026-10-21"
@@ -136,5 +136,6 @@ def _schema(params: dict[str, Any]) -> dict[str, Any] | None:
     schema = format_.get("schema")
     if not isinstance(schema, dict):
         raise refuse("output_config.format.schema: Field required")
+    check_references(schema, "output_config.format.schema")
     check_anthropic_schema(schema)
     return schema

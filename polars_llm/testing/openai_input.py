@@ -6,7 +6,7 @@ import re
 from typing import Any, Literal
 
 from .dialogue import ModelRequest, body_digest, count_tokens, refuse
-from .schema_rules import check_openai_schema
+from .schema_rules import check_openai_schema, check_references
 
 ENDPOINTS = ("/v1/chat/completions", "/v1/responses", "/v1/embeddings")
 IMAGE_TOKENS = 85
@@ -206,6 +206,7 @@ def _schema(format_: Any, holder: Any, param: str) -> dict[str, Any] | None:
     if not isinstance(holder.get("name"), str) or not _NAME.match(holder["name"]):
         raise refuse(f"Invalid or missing '{param}.name'.", param=f"{param}.name")
     schema: dict[str, Any] = holder["schema"]
+    check_references(schema, param)
     if holder.get("strict"):
         check_openai_schema(schema, holder["name"], param)
     return schema

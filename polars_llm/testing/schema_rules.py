@@ -50,6 +50,22 @@ _encode = msgspec.json.encode
 _decode = msgspec.json.decode
 
 
+def check_references(schema: dict[str, Any], param: str) -> None:
+    """Refuse a reference that leads nowhere."""
+    wanted = _lost_reference(_encode(schema))
+    if wanted is not None:
+        raise refuse(f"Invalid schema in '{param}': cannot resolve reference '{wanted}'.")
+
+
+def resolve(root: Any, reference: str) -> Any:
+    """What a reference inside a schema points at. Raises LookupError."""
+    node = root
+    for step in reference.lstrip("#/").split("/"):
+        key = step.replace("~1", "/").replace("~0", "~")
+        node = node[key] if key else node
+    return node
+
+
 def check_openai_schema(schema: dict[str, Any], name: str, param: str) -> None:
     """Refuse what strict mode refuses."""
     complaint = _openai_complaint(_encode(schema))
@@ -122,6 +138,17 @@ def _anthropic_node_complaint(node: dict[str, Any]) -> str | None:
         return "external '$ref' is not supported"
     if "object" in _types(node) and node.get("additionalProperties") is not False:
         return "'additionalProperties' must be explicitly set to false"
+    return None
+
+
+@lru_cache(maxsize=64)
+def _lost_reference(encoded: bytes) -> str | None:
+    schema = _decode(encoded)
+    for _, _, node in _nodes(schema):
+        try:
+            resolve(schema, str(node.get("$ref", "#")))
+        except (LookupError, TypeError):
+            return str(node["$ref"])
     return None
 
 

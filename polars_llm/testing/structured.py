@@ -10,6 +10,7 @@ from typing import Any
 import msgspec
 
 from .reading import summary, tone, words
+from .schema_rules import resolve
 
 _DEEPEST = 8
 _NUMBER = re.compile(r"-?\d+(?:\.\d+)?")
@@ -55,7 +56,7 @@ class _Writer:
         """The schema behind references, unions and intersections."""
         while isinstance(schema, dict):
             if "$ref" in schema:
-                schema = self._resolve(schema["$ref"])
+                schema = resolve(self._root, schema["$ref"])
             elif "anyOf" in schema or "oneOf" in schema:
                 schema = self._branch(schema.get("anyOf") or schema["oneOf"], depth)
             elif "allOf" in schema:
@@ -63,13 +64,6 @@ class _Writer:
             else:
                 return schema
         return {"type": "string"}
-
-    def _resolve(self, reference: str) -> Any:
-        node: Any = self._root
-        for step in reference.lstrip("#/").split("/"):
-            key = step.replace("~1", "/").replace("~0", "~")
-            node = node[key] if key else node
-        return node
 
     def _branch(self, branches: list[Any], depth: int) -> Any:
         """The first branch that isn't null; null when it gets too deep, so that recursion ends."""
@@ -81,7 +75,7 @@ class _Writer:
     def _merged(self, schema: dict[str, Any]) -> dict[str, Any]:
         merged = {key: value for key, value in schema.items() if key != "allOf"}
         for part in schema["allOf"]:
-            inner = self._resolve(part["$ref"]) if "$ref" in part else part
+            inner = resolve(self._root, part["$ref"]) if "$ref" in part else part
             properties = {**merged.get("properties", {}), **inner.get("properties", {})}
             merged = {**merged, **inner}
             if properties:
@@ -111,7 +105,7 @@ class _Writer:
 
     def _enum_of(self, items: Any) -> list[Any]:
         while isinstance(items, dict) and "$ref" in items:
-            items = self._resolve(items["$ref"])
+            items = resolve(self._root, items["$ref"])
         return list(items.get("enum", [])) if isinstance(items, dict) else []
 
     def _choice(self, choices: list[Any], name: str) -> Any:

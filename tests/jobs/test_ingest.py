@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from polars_llm.answer import DONE, FAILED, RETRY
-from polars_llm.backends.chat import REPLY_SCHEMA
+from polars_llm.backends.replies import REPLY_SCHEMA
 from polars_llm.jobs.ingest import reconcile
 
 

@@ -1,0 +1,364 @@
+"""Anthropic's Messages wire form: options -> body, request lines, result lines -> answers. Pure.
+
+``max_tokens`` is required there, so a default is sent where the user sets none: `MAX_TOKENS`. It and
+`API_VERSION` are frozen: they are part of the key of a request, whatever the SDK's own defaults become.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+import msgspec
+import polars as pl
+
+from polars_llm.answer import DONE
+from polars_llm.backends.base import Options
+from polars_llm.backends.replies import Reply, decoded, failed, never_ran, rows
+from polars_llm.errors import InvalidRequest
+from polars_llm.request import Json, Requests, canonical, custom_ids
+
+__all__ = [
+    "API_VERSION",
+    "ENDPOINT",
+    "MAX_TOKENS",
+    "body",
+    "custom_ids_of",
+    "error_kind",
+    "headers",
+    "parse_lines",
+    "read_reply",
+    "render",
+]
+
+ENDPOINT = "/v1/messages"
+
+API_VERSION = "2026-10-21"
+"""What is asked for unless the user pins another."""
+
+MAX_TOKENS = 4_096
+"""Tokens of an answer, thinking included, where the user sets no ``max_tokens``."""
+
+_VERSION = re.compile(r"\d{4}-\d{2}-\d{2}")
+_SAMPLING = ("temperature", "top_p", "top_k")
+_SAMPLING_GONE = "2026-10-21"
+
+# Fields that we write ourselves, or that a batch does not take.
+_NOT_IN_PARAMS = {
+    "model": "is set by the verb itself",
+    "messages": "is set by the verb itself",
+    "system": "is set by the verb itself: pass system=",
+    "stream": "is not for batches",
+    "speed": "is not for batches",
+    "seed": "does not exist on Anthropic",
+}
+
+
+def headers(api_version: str, betas: Sequence[str] = ()) -> dict[str, str]:
+    """Headers that change answers, as they enter the key.
+
+    Raises
+    ------
+    InvalidRequest
+        At call: a version that is not a date, or a beta that is not one word.
+    """
+    if not isinstance(api_version, str) or not _VERSION.fullmatch(api_version):
+        raise InvalidRequest(
+            f"api_version={api_version!r} is not a version of Anthropic's API",
+            hint=f"a version is a date such as {API_VERSION!r}. Nothing was sent.",
+        )
+    if isinstance(betas, str) or not all(re.fullmatch(r"[\w.-]+", beta) for beta in betas):
+        raise InvalidRequest(
+            f"betas={betas!r} is not a list of names",
+            hint="for example betas=['output-300k-2026-03-24']. Nothing was sent.",
+        )
+    beta = {"anthropic-beta": ",".join(sorted(set(betas)))} if betas else {}
+    return {"anthropic-version": api_version, **beta}
+
+
+def body(options: Options, *, api_version: str = API_VERSION) -> dict[str, Json]:
+    """Fields of the request body beside model, messages and system.
+
+    Nothing that the user did not set, but for ``max_tokens``.
+
+    Raises
+    ------
+    InvalidRequest
+        At call: what this version of the API refuses (sampling parameters, a seed), and fields in
+        `params` that the library writes itself, or that are set twice.
+    """
+    _check_sampling(options, api_version)
+    if options.seed is not None:
+        raise _refused("seed", "does not exist on Anthropic", "leave it out; sample= asks again.")
+    fields: dict[str, Any] = {
+        "max_tokens": options.max_tokens,
+        "temperature": options.temperature,
+        "top_p": options.top_p,
+        "stop_sequences": [options.stop] if isinstance(options.stop, str) else options.stop,
+    }
+    chosen = {name: value for name, value in fields.items() if value is not None}
+    for name in options.params:
+        if name in _NOT_IN_PARAMS:
+            raise _refused(f"params={{{name!r}: ...}}", _NOT_IN_PARAMS[name], f"leave {name!r} out.")
+        if name in chosen:
+            raise _refused(f"params={{{name!r}: ...}}", "is set twice", f"leave {name!r} out of params.")
+    whole = {"max_tokens": MAX_TOKENS, **chosen, **options.params, **_effort(options)}
+    limit = whole["max_tokens"]
+    if isinstance(limit, bool) or not isinstance(limit, int) or limit < 1:
+        raise _refused(f"max_tokens={limit!r}", "is not a number of tokens", "give a whole number from 1 up.")
+    result = canonical(whole)
+    assert isinstance(result, dict)
+    return result
+
+
+def _check_sampling(options: Options, api_version: str) -> None:
+    if api_version < _SAMPLING_GONE:
+        return
+    own = {"temperature": options.temperature, "top_p": options.top_p}
+    named = {name for name, value in own.items() if value is not None}
+    for name in _SAMPLING:
+        if name in named or name in options.params:
+            raise _refused(
+                name,
+                f"does not exist in Anthropic's API since version {_SAMPLING_GONE}",
+                "leave it out, or, for an older model that takes it, pass"
+                " model=pllm.Anthropic(NAME, api_version='2023-06-01').",
+            )
+
+
+def _effort(options: Options) -> dict[str, Any]:
+    """``output_config`` with the effort put in; what the user wrote in params stays beside it."""
+    if options.reasoning_effort is None:
+        return {}
+    given = options.params.get("output_config", {})
+    if not isinstance(given, Mapping) or "effort" in given:
+        raise _refused("reasoning_effort", "is set twice", "leave output_config.effort out of params.")
+    return {"output_config": {**given, "effort": options.reasoning_effort}}
+
+
+def _refused(what: str, why: str, hint: str) -> InvalidRequest:
+    return InvalidRequest(f"{what} {why}", hint=f"{hint} Nothing was sent.")
+
+
+def render(requests: Requests) -> Iterator[bytes]:
+    """Request lines, in the order of the rows: one element of a batch's ``requests`` each.
+
+    The constant parts are encoded once; only the texts are encoded per row.
+
+    Raises
+    ------
+    InvalidRequest
+        A conversation that ends with the assistant's words (this API has no prefill), or that has no
+        message but system ones.
+    """
+    encode = msgspec.json.Encoder().encode
+    start = b'","params":{"model":' + encode(requests.header.model) + b',"messages":'
+    tail = b"," + encode(requests.header.body)[1:] + b"}"
+    for part in requests.frame.iter_slices(10_000):
+        ids = part.select(custom_ids(pl.col("key"))).to_series().to_list()
+        for name, text in zip(ids, _inputs(part), strict=True):
+            yield b'{"custom_id":"' + name.encode() + start + text + tail
+
+
+def _inputs(part: pl.DataFrame) -> Iterator[bytes]:
+    """Messages, and the system prompt behind them where there is one."""
+    encode = msgspec.json.Encoder().encode
+    columns = (part["prompt"].to_list(), part["kind"].to_list(), part["system"].to_list())
+    for prompt, kind, system in zip(*columns, strict=True):
+        # The API refuses empty text blocks: an empty system prompt is none.
+        blocks = [{"type": "text", "text": system}] if system else []
+        if kind == "m":
+            messages = _conversation(prompt, blocks)
+        else:
+            messages = b'[{"role":"user","content":' + encode(prompt) + b"}]"
+        yield messages + (b',"system":' + encode(blocks) if blocks else b"")
+
+
+def _conversation(prompt: str, blocks: list[Any]) -> bytes:
+    """The messages without the system ones at their beginning, which go to `blocks`."""
+    messages = msgspec.json.decode(prompt)
+    rest = list(messages)
+    while rest and rest[0].get("role") == "system":
+        content = rest.pop(0).get("content")
+        blocks += content if isinstance(content, list) else [{"type": "text", "text": content}]
+    if not rest or rest[-1].get("role") == "assistant":
+        raise InvalidRequest(
+            "a conversation has no message from the user at its end",
+            hint="Anthropic's models take no prefill: end every conversation with role 'user'."
+            " Nothing was sent.",
+        )
+    return prompt.encode() if len(rest) == len(messages) else msgspec.json.encode(rest)
+
+
+# --- replies ------------------------------------------------------------------------------------
+
+
+class _Failure(msgspec.Struct):
+    type: str | None = None
+    message: Any = None
+    details: Any = None
+
+    @property
+    def code(self) -> str | None:
+        code = self.details.get("error_code") if isinstance(self.details, dict) else None
+        return code if isinstance(code, str) else None
+
+
+class _ErrorBody(msgspec.Struct):
+    error: _Failure | str | None = None
+
+
+class _Result(msgspec.Struct):
+    type: str = ""
+    message: msgspec.Raw = msgspec.Raw(b"null")
+    error: msgspec.Raw = msgspec.Raw(b"null")
+
+
+class _Line(msgspec.Struct):
+    custom_id: str = ""
+    result: _Result | None = None
+
+
+class _Block(msgspec.Struct):
+    type: str = ""
+    text: Any = None
+
+
+class _StopDetails(msgspec.Struct):
+    category: str | None = None
+    explanation: str | None = None
+
+
+class _Usage(msgspec.Struct):
+    input_tokens: int | None = None
+    output_tokens: int | None = None
+    cache_creation_input_tokens: int | None = None
+    cache_read_input_tokens: int | None = None
+
+
+class _Message(msgspec.Struct):
+    content: list[_Block]
+    model: str | None = None
+    stop_reason: str | None = None
+    stop_details: _StopDetails | None = None
+    usage: _Usage | None = None
+
+
+_error_decoder = msgspec.json.Decoder(_ErrorBody)
+_line_decoder = msgspec.json.Decoder(_Line)
+_message_decoder = msgspec.json.Decoder(_Message)
+
+# Results without an answer that were not billed; sent again by themselves.
+_NEVER_RAN = {"canceled": "cancelled", "expired": "expired"}
+
+# Error types of batch lines as the statuses that they have elsewhere. A type that is not listed may
+# pass: the guide says to send again unchanged whatever is not an invalid request.
+_STATUS = {
+    "invalid_request_error": 400,
+    "authentication_error": 401,
+    "billing_error": 402,
+    "permission_error": 403,
+    "not_found_error": 404,
+    "request_too_large": 413,
+    "rate_limit_error": 429,
+    "timeout_error": 504,
+    "overloaded_error": 529,
+}
+
+
+def parse_lines(lines: Iterable[bytes]) -> pl.DataFrame:
+    """Result lines as one frame (REPLY_SCHEMA)."""
+    return rows(lines, _line_decoder, _read_line)
+
+
+def custom_ids_of(lines: Iterable[bytes]) -> Iterator[str]:
+    """The custom_ids of result lines, ours and others."""
+    for line in decoded(lines, _line_decoder):
+        yield line.custom_id
+
+
+def _read_line(line: _Line) -> Reply:
+    result = line.result or _Result()
+    if result.type == "succeeded":
+        return read_reply(200, bytes(result.message))
+    if result.type == "errored":
+        raw = bytes(result.error)
+        return read_reply(_STATUS.get(_failure_of(raw).type or "", 500), raw)
+    if result.type in _NEVER_RAN:
+        return never_ran(_NEVER_RAN[result.type], "the batch ended before this request ran", b"")
+    return failed(422, "unreadable_reply", f"a result of type {result.type!r}", b"")
+
+
+def read_reply(status: int, raw: bytes) -> Reply:
+    """One reply of the endpoint, whatever its status, as a row."""
+    if status != 200:
+        failure = _failure_of(raw)
+        kind = error_kind(failure.type, failure.code, failure.message)
+        return failed(status, kind or f"http_{status}", failure.message, raw)
+    try:
+        message = _message_decoder.decode(raw)
+    except msgspec.DecodeError:
+        return failed(422, "unreadable_reply", "the reply is not a message", raw)
+    return _answered(message, raw)
+
+
+def _failure_of(raw: bytes) -> _Failure:
+    try:
+        error = _error_decoder.decode(raw).error
+    except (msgspec.DecodeError, UnicodeDecodeError):
+        error = None
+    if isinstance(error, _Failure):
+        return error
+    return _Failure(message=error or raw[:200].decode(errors="replace"))
+
+
+def error_kind(type_: str | None, code: str | None, message: Any) -> str | None:
+    """The name of an error: its code where it has one, else its type.
+
+    Two things that concern the account come under types of the request, told apart by their message
+    alone: an unknown model, and an empty balance.
+    """
+    said = message if isinstance(message, str) else ""
+    if type_ == "not_found_error" and said.startswith("model:"):
+        return "model_not_found"
+    if type_ == "invalid_request_error" and "credit balance is too low" in said:
+        return "billing_error"
+    return code or type_
+
+
+def _answered(message: _Message, raw: bytes) -> Reply:
+    usage = message.usage or _Usage()
+    reason = message.stop_reason
+    text, said = _text(message.content), None
+    if reason == "refusal":
+        # What was written before the refusal is not an answer; it stays readable beside it.
+        details = message.stop_details or _StopDetails()
+        said, text = details.explanation or details.category or text, None
+    elif reason == "tool_use":
+        text = None
+    return {
+        "state": DONE,
+        "text": text,
+        "error_message": said,
+        "finish_reason": reason,
+        "input_tokens": _input_tokens(usage),
+        "cached_input_tokens": usage.cache_read_input_tokens,
+        "output_tokens": usage.output_tokens,
+        "model": message.model,
+        "body": raw,
+    }
+
+
+def _text(content: list[_Block]) -> str | None:
+    """All text blocks joined; thinking and tool blocks are not text."""
+    parts = [b.text for b in content if b.type == "text" and isinstance(b.text, str)]
+    return "".join(parts) if parts else None
+
+
+def _input_tokens(usage: _Usage) -> int | None:
+    """All tokens that were read: the API counts cached ones beside ``input_tokens``."""
+    if usage.input_tokens is None:
+        return None
+    cached = (usage.cache_creation_input_tokens or 0) + (usage.cache_read_input_tokens or 0)
+    return usage.input_tokens + cached

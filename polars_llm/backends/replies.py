@@ -1,0 +1,83 @@
+"""Replies of any provider as rows: their schema, how result lines are read, how failures are ranked."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any, Protocol, TypeAlias, TypeVar
+
+import msgspec
+import polars as pl
+
+from polars_llm.answer import ACCOUNT, FAILED, RETRY
+from polars_llm.backends.base import verdict
+from polars_llm.request import key_from_custom_id
+
+__all__ = ["REPLY_SCHEMA", "Reply", "decoded", "failed", "never_ran", "rows"]
+
+Reply: TypeAlias = dict[str, Any]
+
+REPLY_SCHEMA: Mapping[str, pl.DataType] = {
+    "key": pl.Binary(),
+    "state": pl.UInt8(),
+    "text": pl.String(),
+    "error": pl.String(),
+    "error_message": pl.String(),
+    "finish_reason": pl.String(),
+    "input_tokens": pl.Int64(),
+    "cached_input_tokens": pl.Int64(),
+    "output_tokens": pl.Int64(),
+    "model": pl.String(),
+    "body": pl.Binary(),
+}
+
+
+class _Named(Protocol):
+    custom_id: str
+
+
+L = TypeVar("L", bound=_Named)
+
+
+def decoded(lines: Iterable[bytes], decoder: msgspec.json.Decoder[L]) -> Iterator[L]:
+    """Lines that are JSON of the right shape; blank and broken ones are left out."""
+    for raw in lines:
+        line = raw.strip(b" \r\n\t\xef\xbb\xbf")
+        if not line:
+            continue
+        try:
+            yield decoder.decode(line)
+        except (msgspec.DecodeError, UnicodeDecodeError):
+            continue
+
+
+def rows(
+    lines: Iterable[bytes], decoder: msgspec.json.Decoder[L], read: Callable[[L], Reply]
+) -> pl.DataFrame:
+    """Result lines as one frame (REPLY_SCHEMA).
+
+    Lines that are not JSON, and lines whose custom_id is not ours, are left out: the caller
+    reconciles against the custom_ids that it sent.
+    """
+    found: list[Reply] = []
+    for line in decoded(lines, decoder):
+        key = key_from_custom_id(line.custom_id)
+        if key is not None:
+            found.append({"key": key, **read(line)})
+    return pl.DataFrame(found, schema=REPLY_SCHEMA)
+
+
+def failed(status: int | None, kind: str, message: Any, raw: bytes) -> Reply:
+    """A request that went wrong: for good, for a passing reason, or for one of the account."""
+    meaning = verdict(status, kind=kind)
+    state = ACCOUNT if meaning.account else RETRY if meaning.transient else FAILED
+    return _failure(state, kind, message, raw)
+
+
+def never_ran(kind: str, message: Any, raw: bytes) -> Reply:
+    """A request that the provider did not get to: not billed, sent again by itself."""
+    return _failure(RETRY, kind, message, raw)
+
+
+def _failure(state: int, kind: str, message: Any, raw: bytes) -> Reply:
+    text = message if isinstance(message, str) else None if message is None else str(message)
+    return {"state": state, "error": kind, "error_message": text, "body": raw or None}
