@@ -26,6 +26,7 @@ from polars_llm.errors import (
 from polars_llm.models import Anthropic, OpenAI
 from polars_llm.namespace import register
 from polars_llm.operate import abandon, cancel, jobs, recover, results
+from polars_llm.pricing import Prices
 
 __all__ = [
     "AccountError",
@@ -41,6 +42,7 @@ __all__ = [
     "ModelNotChosen",
     "OpenAI",
     "PolarsLLMError",
+    "Prices",
     "ProviderError",
     "RequestsFailed",
     "ResultsGone",

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 import polars as pl
 
-__all__ = ["ACCOUNT", "ANSWER_SCHEMA", "DONE", "FAILED", "RETRY"]
+__all__ = ["ACCOUNT", "ANSWER_SCHEMA", "DONE", "FAILED", "RETRY", "complete"]
 
 # Ranks, best first: of two answers for one key the lower state wins, then the earlier one.
 DONE = 0
@@ -36,3 +36,9 @@ ANSWER_SCHEMA: Mapping[str, pl.DataType] = {
     "vector": pl.List(pl.Float32()),  # embeddings only
     "body": pl.Binary(),  # the raw reply, as it came
 }
+
+
+def complete(answers: pl.DataFrame) -> pl.DataFrame:
+    """`answers` with exactly the columns of ANSWER_SCHEMA; what is not there is null."""
+    missing = [pl.lit(None, t).alias(n) for n, t in ANSWER_SCHEMA.items() if n not in answers.columns]
+    return answers.with_columns(missing).select(pl.col(n).cast(t) for n, t in ANSWER_SCHEMA.items())

@@ -103,13 +103,16 @@ def _show(frame: pl.DataFrame, as_json: bool) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    table = Table(*frame.columns, box=None, header_style="bold")
-    readable = frame.with_columns(
-        pl.col(pl.Datetime).dt.strftime("%Y-%m-%d %H:%M"), pl.col(pl.Duration).dt.to_string("polars")
+    # Columns that say nothing take no room; a pipe is not cut at 80 columns.
+    said = [name for name in frame.columns if frame[name].null_count() < frame.height]
+    readable = frame.select(said).with_columns(
+        pl.col(pl.Datetime).dt.strftime("%Y-%m-%d %H:%M"),
+        (pl.col(pl.Duration).dt.total_seconds() * 1_000_000).cast(pl.Duration).dt.to_string("polars"),
     )
+    table = Table(*said, box=None, header_style="bold")
     for row in readable.iter_rows():
         table.add_row(*("" if value is None else str(value) for value in row))
-    console = Console()
+    console = Console(width=None if sys.stdout.isatty() else 240)
     console.print(table if frame.height else "nothing")
 
 

@@ -12,6 +12,7 @@ from polars_llm.backends.base import BatchBackend
 from polars_llm.backends.hosts import normalise_base_url
 from polars_llm.errors import InvalidRequest, ModelNotChosen
 from polars_llm.job import Job
+from polars_llm.pricing import Prices
 
 __all__ = ["Anthropic", "Model", "OpenAI", "for_job", "of_provider", "resolve"]
 
@@ -24,6 +25,7 @@ class _Hosted:
     base_url: str | None = dataclasses.field(default=None, repr=False)
     api_key: str | None = dataclasses.field(default=None, repr=False, compare=False)
     cache_as: str | None = None
+    prices: Prices | None = dataclasses.field(default=None, compare=False)
 
     _own: ClassVar[str]
     _base_url_variable: ClassVar[str]
@@ -35,13 +37,21 @@ class _Hosted:
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
 
-    def _set(self, name: str, base_url: str | None, api_key: str | None, cache_as: str | None) -> None:
+    def _set(
+        self,
+        name: str,
+        base_url: str | None,
+        api_key: str | None,
+        cache_as: str | None,
+        prices: Prices | None,
+    ) -> None:
         _check_name(name)
         normalise_base_url(base_url, own=self._own)
         facts = {
             "name": name,
             "base_url": base_url,
             "api_key": api_key,
+            "prices": prices,
             "cache_as": (normalise_base_url(cache_as, own=self._own) or self._own) if cache_as else None,
         }
         for field, value in facts.items():
@@ -73,6 +83,8 @@ class OpenAI(_Hosted):
     cache_as
         Enters the key in place of `base_url`: give it the old address when a host moves, and the
         answers from there stay valid.
+    prices
+        Your own prices (`pllm.Prices`), where the bundled list does not know the model or the host.
 
     Raises
     ------
@@ -96,8 +108,9 @@ class OpenAI(_Hosted):
         base_url: str | None = None,
         api_key: str | None = None,
         cache_as: str | None = None,
+        prices: Prices | None = None,
     ) -> None:
-        self._set(name, base_url, api_key, cache_as)
+        self._set(name, base_url, api_key, cache_as, prices)
 
     def __repr__(self) -> str:
         host = normalise_base_url(self.base_url, own=self._own)
@@ -108,13 +121,15 @@ class OpenAI(_Hosted):
         from polars_llm.backends.openai import OpenAIBatch
 
         address = self._address
-        return OpenAIBatch(
+        made = OpenAIBatch(
             self.name,
             base_url=normalise_base_url(address, own=self._own),
             address=address,
             key_url=self._key_url,
             api_key=self.api_key,
         )
+        made.prices = self.prices
+        return made
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, init=False)
@@ -145,6 +160,8 @@ class Anthropic(_Hosted):
         ``"2023-06-01"``.
     betas
         Names of beta features (header ``anthropic-beta``), part of the key.
+    prices
+        Your own prices (`pllm.Prices`), where the bundled list does not know the model or the host.
 
     Raises
     ------
@@ -174,8 +191,9 @@ class Anthropic(_Hosted):
         cache_as: str | None = None,
         api_version: str = messages.API_VERSION,
         betas: Sequence[str] = (),
+        prices: Prices | None = None,
     ) -> None:
-        self._set(name, base_url, api_key, cache_as)
+        self._set(name, base_url, api_key, cache_as, prices)
         messages.headers(api_version, betas)
         object.__setattr__(self, "api_version", api_version)
         object.__setattr__(self, "betas", tuple(betas))
@@ -192,7 +210,7 @@ class Anthropic(_Hosted):
         from polars_llm.backends.anthropic import AnthropicBatch
 
         address = self._address
-        return AnthropicBatch(
+        made = AnthropicBatch(
             self.name,
             base_url=normalise_base_url(address, own=self._own),
             address=address,
@@ -200,6 +218,8 @@ class Anthropic(_Hosted):
             api_key=self.api_key,
             headers=messages.headers(self.api_version, self.betas),
         )
+        made.prices = self.prices
+        return made
 
 
 Model: TypeAlias = OpenAI | Anthropic

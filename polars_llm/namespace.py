@@ -5,14 +5,16 @@ from __future__ import annotations
 import inspect
 import warnings
 from collections.abc import Callable
-from typing import Any, TypeVar, Unpack
+from typing import TYPE_CHECKING, Any, TypeVar, Unpack
 
 import polars as pl
-from polars._typing import IntoExpr
 
 from polars_llm.errors import LLMWarning
 from polars_llm.frame import nodes, verbs
 from polars_llm.frame.verbs import GenerateOptions
+
+if TYPE_CHECKING:
+    from polars._typing import IntoExpr
 
 __all__ = ["LLMDataFrame", "LLMExpr", "LLMLazyFrame", "LLMSeries", "register"]
 

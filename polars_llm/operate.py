@@ -7,12 +7,13 @@ from datetime import UTC, datetime
 
 import polars as pl
 
-from polars_llm.answer import ANSWER_SCHEMA, DONE, FAILED
+from polars_llm.answer import ANSWER_SCHEMA, DONE, FAILED, complete
 from polars_llm.backends.base import BatchBackend, CallFailed, ListedBatch, Phase
 from polars_llm.config import settings
 from polars_llm.errors import InvalidRequest, ProviderError
 from polars_llm.job import Job, State
 from polars_llm.jobs.evaluate import advance
+from polars_llm.jobs.ingest import priced
 from polars_llm.jobs.lookup import Policy, prefixes
 from polars_llm.models import Model, for_job, of_provider
 from polars_llm.progress import Progress
@@ -301,8 +302,7 @@ def _keep_new(
         job_id=pl.lit(name),
         received_at=pl.lit(datetime.now(UTC)),
     )
-    missing = [pl.lit(None, t).alias(n) for n, t in ANSWER_SCHEMA.items() if n not in facts.columns]
-    store.results.add(facts.with_columns(missing).select(pl.col(n).cast(t) for n, t in ANSWER_SCHEMA.items()))
+    store.results.add(priced(complete(facts), batch.model or "", backend.base_url, backend))
     return new.height
 
 

@@ -193,9 +193,7 @@ def cost_usd(
         return pl.Series("cost_usd", [None] * usage.height, dtype=pl.Float64)
     parts, sound = _parts(usage.columns, rates)
     size = _count("input_tokens")
-    spent = pl.sum_horizontal(
-        *(parts[name] * rate.at(size) for name, rate in rates.named()), ignore_nulls=False
-    )
+    spent = pl.sum_horizontal(*(parts[name] * rate.at(size) for name, rate in rates.named()))
     return usage.select(cost_usd=pl.when(sound).then(spent / _PER)).to_series()
 
 

@@ -41,6 +41,7 @@ from polars_llm.backends.clients import PerProcess, retry_after
 from polars_llm.backends.hosts import is_at, normalise_base_url, redact
 from polars_llm.errors import AccountError
 from polars_llm.job import Job
+from polars_llm.pricing import Prices
 from polars_llm.request import RequestHeader, Requests
 
 if TYPE_CHECKING:
@@ -71,6 +72,8 @@ class AnthropicBatch:
     """One host, one model, one key, one version of the API."""
 
     provider = "anthropic"
+    prices: Prices | None = None
+    """The user's own."""
     limits = _LIMITS
     create_timeout = _CONNECT + _SENDING + _PIECE_SENT + _REPLY + 15.0
     """Seconds. Creating sends the whole body, up to 256 MB; no call to create goes on for longer."""
@@ -269,15 +272,15 @@ class AnthropicBatch:
     def cancel(self, job: Job) -> None:
         """Ask the provider to stop. Cancelling what has ended is no error."""
         assert job.batch_id is not None
+        retrying(functools.partial(self._cancel, job.batch_id))
+
+    def _cancel(self, batch_id: str) -> None:
         try:
-            retrying(functools.partial(self._cancel, job.batch_id))
+            with self._errors():
+                self._clients.get().messages.batches.cancel(batch_id)
         except CallFailed as error:
             if error.status not in (400, 409):
                 raise
-
-    def _cancel(self, batch_id: str) -> None:
-        with self._errors():
-            self._clients.get().messages.batches.cancel(batch_id)
 
     def list_batches(self) -> Iterator[ListedBatch]:
         """All batches of the workspace: only the custom_ids in their results say which are ours."""

@@ -6,14 +6,17 @@ import dataclasses
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from enum import StrEnum
 from pathlib import Path
-from typing import Any, Protocol, TypeAlias, TypeVar
+from typing import TYPE_CHECKING, Any, Protocol, TypeAlias, TypeVar
 
 import polars as pl
-import tenacity
 
 from polars_llm.errors import AccountError, ProviderError
 from polars_llm.job import Job
+from polars_llm.pricing import Prices
 from polars_llm.request import RequestHeader, Requests
+
+if TYPE_CHECKING:
+    import tenacity
 
 __all__ = [
     "BatchBackend",
@@ -138,6 +141,10 @@ class BatchBackend(Protocol):
     @property
     def base_url(self) -> str | None:
         """Normalised host, None for the provider's own."""
+
+    @property
+    def prices(self) -> Prices | None:
+        """The user's own prices, None for the bundled list."""
 
     @property
     def limits(self) -> Limits:
@@ -315,6 +322,8 @@ _LONGEST_RETRY_AFTER = 60.0
 
 
 def _wait(state: tenacity.RetryCallState) -> float:
+    import tenacity
+
     error = state.outcome.exception() if state.outcome else None
     asked = error.retry_after if isinstance(error, CallFailed) else None
     if asked is not None and 0 <= asked <= _LONGEST_RETRY_AFTER:
@@ -327,6 +336,8 @@ def retrying(call: Callable[[], T]) -> T:
 
     Never for create: a second create is a second batch.
     """
+    import tenacity  # here and not above: `import polars_llm` stays quick
+
     policy = tenacity.Retrying(
         retry=tenacity.retry_if_exception(lambda e: isinstance(e, CallFailed) and e.verdict.transient),
         stop=tenacity.stop_after_attempt(5),

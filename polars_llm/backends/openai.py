@@ -33,6 +33,7 @@ from polars_llm.backends.clients import PerProcess, retry_after
 from polars_llm.backends.hosts import redact
 from polars_llm.errors import AccountError
 from polars_llm.job import Job
+from polars_llm.pricing import Prices
 from polars_llm.request import RequestHeader, Requests
 
 if TYPE_CHECKING:
@@ -50,6 +51,8 @@ class OpenAIBatch:
     """One host, one model, one key."""
 
     provider = "openai"
+    prices: Prices | None = None
+    """The user's own."""
     limits = _LIMITS
     create_timeout = 60.0
     """Seconds. Creating is one small request: longer than this and the reply counts as lost."""

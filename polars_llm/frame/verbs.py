@@ -10,10 +10,9 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal, TypeAlias, TypedDict, get_args
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias, TypedDict, get_args
 
 import polars as pl
-from polars._typing import IntoExpr
 
 from polars_llm.backends.base import BatchBackend, Options
 from polars_llm.config import OnError, OnPending, settings
@@ -24,6 +23,9 @@ from polars_llm.jobs.lookup import Policy, unanswered
 from polars_llm.models import Model, resolve
 from polars_llm.request import RequestHeader, Requests, key_hex, key_prefix
 from polars_llm.store import Store, open_store
+
+if TYPE_CHECKING:
+    from polars._typing import IntoExpr
 
 __all__ = ["GenerateOptions", "Output", "Verb", "generate"]
 

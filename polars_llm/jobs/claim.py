@@ -13,7 +13,7 @@ from itertools import chain
 
 import polars as pl
 
-from polars_llm.answer import ANSWER_SCHEMA, FAILED
+from polars_llm.answer import FAILED, complete
 from polars_llm.backends.base import BatchBackend
 from polars_llm.job import Job
 from polars_llm.jobs.lookup import Policy, prefixes, unanswered
@@ -102,11 +102,4 @@ def _too_large(backend: BatchBackend, keys: pl.DataFrame, batch: Pack, model: st
         provider=pl.lit(backend.provider),
         model=pl.lit(model),
         received_at=pl.lit(datetime.now(UTC)),
-    ).pipe(_complete)
-
-
-def _complete(answers: pl.DataFrame) -> pl.DataFrame:
-    missing = {n: t for n, t in ANSWER_SCHEMA.items() if n not in answers.columns}
-    return answers.with_columns(pl.lit(None, t).alias(n) for n, t in missing.items()).select(
-        pl.col(n).cast(t) for n, t in ANSWER_SCHEMA.items()
-    )
+    ).pipe(complete)

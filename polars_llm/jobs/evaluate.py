@@ -12,7 +12,6 @@ import time
 from collections.abc import Sequence
 
 import polars as pl
-import tenacity
 
 from polars_llm.backends.base import BatchBackend, CallFailed, Phase
 from polars_llm.errors import JobsPending
@@ -108,6 +107,8 @@ def evaluate(needs: Sequence[Need], store: Store, policy: Policy) -> Pending:
 
 
 def _wait(needs: Sequence[Need], store: Store, policy: Policy, pending: Pending) -> Pending:
+    import tenacity  # here and not above: `import polars_llm` stays quick
+
     total = len(pending.keys)
     longest = policy.poll_interval
     again = tenacity.Retrying(

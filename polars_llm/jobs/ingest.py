@@ -13,13 +13,14 @@ from pathlib import Path
 
 import polars as pl
 
-from polars_llm.answer import ACCOUNT, ANSWER_SCHEMA, FAILED, RETRY
+from polars_llm.answer import ACCOUNT, DONE, FAILED, RETRY, complete
 from polars_llm.backends.base import BatchBackend, BatchStatus, CallFailed
 from polars_llm.errors import AccountError
 from polars_llm.job import Job, State
+from polars_llm.pricing import cost_usd
 from polars_llm.store import Store
 
-__all__ = ["ingest", "reconcile", "refuse"]
+__all__ = ["ingest", "priced", "reconcile", "refuse"]
 
 _DOWNLOADS = 3
 _PAUSE = 0.5
@@ -44,7 +45,7 @@ def ingest(job: Job, status: BatchStatus, backend: BatchBackend, store: Store) -
     else:
         answers = reconcile(keys, replies, status.why)
     refused = answers.filter(pl.col("state") == ACCOUNT)
-    _keep(answers.filter(pl.col("state") != ACCOUNT), job, store)
+    _keep(answers.filter(pl.col("state") != ACCOUNT), job, backend, store)
     job = _close(job, State.INGESTED, answers, store)
     _blame_account(refused, backend)
     return job
@@ -75,7 +76,7 @@ def refuse(job: Job, status: BatchStatus, backend: BatchBackend, store: Store) -
         .replace_strict(dict(status.bad_lines), default=None, return_dtype=pl.String)
         .fill_null(status.why),
     )
-    _keep(answers, job, store)
+    _keep(answers, job, backend, store)
     return _close(job, State.FAILED, answers, store, reason=status.why)
 
 
@@ -111,6 +112,19 @@ def reconcile(keys: pl.DataFrame, replies: pl.DataFrame, why: str) -> pl.DataFra
     )
 
 
+def priced(answers: pl.DataFrame, model: str, base_url: str | None, backend: BatchBackend) -> pl.DataFrame:
+    """Answers with what each cost; null where that is not known, and for failures: they are not billed."""
+    cost = cost_usd(
+        answers.select("input_tokens", pl.col("cached_input_tokens").fill_null(0), "output_tokens"),
+        provider=backend.provider,
+        model=model,
+        mode="batch",
+        prices=backend.prices,
+        base_url=base_url,
+    )
+    return answers.with_columns(pl.when(pl.col("state") == DONE).then(cost).alias("cost_usd"))
+
+
 def _fetch(
     job: Job, status: BatchStatus, backend: BatchBackend, store: Store, keys: pl.DataFrame
 ) -> pl.DataFrame:
@@ -143,15 +157,14 @@ def _all(keys: pl.DataFrame, state: int, kind: str, message: str) -> pl.DataFram
     )
 
 
-def _keep(answers: pl.DataFrame, job: Job, store: Store) -> None:
+def _keep(answers: pl.DataFrame, job: Job, backend: BatchBackend, store: Store) -> None:
     facts = answers.with_columns(
         provider=pl.lit(job.provider),
         job_id=pl.lit(job.id),
         model=pl.coalesce("model", pl.lit(job.model)) if "model" in answers.columns else pl.lit(job.model),
         received_at=pl.lit(datetime.now(UTC)),
     )
-    missing = [pl.lit(None, t).alias(n) for n, t in ANSWER_SCHEMA.items() if n not in facts.columns]
-    store.results.add(facts.with_columns(missing).select(pl.col(n).cast(t) for n, t in ANSWER_SCHEMA.items()))
+    store.results.add(priced(complete(facts), job.model, job.base_url, backend))
 
 
 def _close(

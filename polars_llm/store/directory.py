@@ -14,8 +14,6 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import BinaryIO
 
-import platformdirs
-
 from polars_llm.errors import CacheCorrupt, CacheError, CacheUnsafe
 from polars_llm.store import locks
 from polars_llm.store.filesystem import file_system, is_shared
@@ -134,7 +132,11 @@ _OURS = frozenset({"jobs", "results", "spool", "locks", "layout", "README.txt", 
 def default_path() -> Path:
     """`POLARS_LLM_CACHE_DIR`, else the platform's cache directory."""
     chosen = os.environ.get("POLARS_LLM_CACHE_DIR")
-    return Path(chosen).expanduser() if chosen else platformdirs.user_cache_path("polars_llm")
+    if chosen:
+        return Path(chosen).expanduser()
+    import platformdirs  # here and not above: `import polars_llm` stays quick
+
+    return platformdirs.user_cache_path("polars_llm")
 
 
 class CacheDirectory:
@@ -304,9 +306,8 @@ class CacheDirectory:
                 if path.name.startswith(".") and path.name.endswith(".tmp"):
                     path.unlink(missing_ok=True)
         for path in _older(self.locks, before):
-            if not locks.is_held(path):
-                with locks.try_hold(path):
-                    pass  # leaving the block removes the file
+            with locks.try_hold(path):
+                pass  # leaving the block removes the file of a lock that was free
 
 
 def _older(room: Path, before: float) -> Iterator[Path]:

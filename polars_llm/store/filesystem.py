@@ -53,7 +53,7 @@ def file_system(path: Path) -> str | None:
 def mounted_at(path: Path, mountinfo: str) -> str | None:
     """The type of the innermost mount above `path`, read from the text of Linux' mountinfo."""
     mounts = []
-    for line in mountinfo.splitlines():
+    for line in mountinfo.split("\n"):
         left, separator, right = line.partition(" - ")
         fields = left.split(" ")
         if separator and len(fields) >= 5:
@@ -64,7 +64,7 @@ def mounted_at(path: Path, mountinfo: str) -> str | None:
 def mounted_on(path: Path, mount_output: str) -> str | None:
     """The same, read from what macOS' and BSD's ``mount`` prints."""
     pattern = re.compile(r".*? on (/.*) \(([^,)]+)[^)]*\)")
-    found = map(pattern.fullmatch, mount_output.splitlines())
+    found = map(pattern.fullmatch, mount_output.split("\n"))
     return _innermost(path, [(match[1], match[2]) for match in found if match])
 
 

@@ -1,111 +1,154 @@
 """The key index: where the answer to a key lies. A pure cache of the segments, rebuilt at any time.
 
-Sorted by key, so that a look-up is a binary search: for 100,000 keys in an index of 5 million that is
-0.04 s, where a hash join, which builds its table anew for each batch of rows, takes 0.3 s (2 cores).
+It is a few runs, each sorted by key, each at least twice as long as the next. New segments become a run
+at the end, and runs of like length become one, so that an index of millions isn't sorted anew for each
+pack of answers. A run is joined with the sorted keys: 100,000 keys against 5 million take 12 ms, where a
+join that hashes those 5 million takes 150 ms.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import json
+import zlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import BinaryIO, Self
 
-import msgspec
 import polars as pl
 
 from polars_llm.store.directory import write_atomic
 
-__all__ = ["INDEX_SCHEMA", "KeyIndex"]
+__all__ = ["INDEX_SCHEMA", "KeyIndex", "load", "save"]
 
-INDEX_SCHEMA: dict[str, pl.DataType] = {
+INDEX_SCHEMA: Mapping[str, pl.DataType] = {
     "key": pl.UInt128(),
     "state": pl.UInt8(),
     "attempt": pl.UInt16(),
     "segment": pl.UInt32(),
     "row": pl.UInt32(),
 }
+_FACTS = [name for name in INDEX_SCHEMA if name != "key"]
+_FORMAT = "polars_llm.index.1"
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class KeyIndex:
-    """Which segments are covered, and their rows sorted by key, one row a key.
+    """One entry for each key: its best answer. Immutable.
 
     Parameters
     ----------
-    segments
-        Number -> file name of what is covered. A number means one file for the life of the process:
-        what `find` gave stays true when the index is built anew.
-    rows
-        INDEX_SCHEMA, sorted by key, keys unique.
+    runs
+        Frames of INDEX_SCHEMA, oldest first, each sorted by key and with each key once. The entry in the
+        last run that holds a key is the one that counts.
     """
 
-    segments: Mapping[int, str] = dataclasses.field(default_factory=dict)
-    rows: pl.DataFrame = dataclasses.field(default_factory=lambda: pl.DataFrame(schema=INDEX_SCHEMA))
+    runs: tuple[pl.DataFrame, ...] = ()
 
-    def extended(self, names: Mapping[int, str], parts: Sequence[pl.DataFrame]) -> KeyIndex:
-        """With more segments; `parts` hold their key, state, attempt, in the order of the rows."""
-        numbered = [
-            part.with_row_index("row").with_columns(pl.lit(number, pl.UInt32).alias("segment"))
-            for number, part in zip(names, parts, strict=True)
-        ]
-        rows = pl.concat([self.rows, *(n.select(self.rows.columns) for n in numbered)])
-        segments = {**self.segments, **names}
-        return KeyIndex(segments, _winners(rows, segments))
+    @property
+    def height(self) -> int:
+        """Entries, those that do not count any more included."""
+        return sum(run.height for run in self.runs)
 
     def find(self, keys: pl.Series) -> pl.DataFrame:
-        """INDEX_SCHEMA, one row for each of `keys`, in their order; unknown ones have nulls."""
-        if self.rows.is_empty():
-            nothing = [pl.lit(None, t).alias(n) for n, t in INDEX_SCHEMA.items() if n != "key"]
-            return keys.alias("key").to_frame().with_columns(nothing)
-        place = self.rows["key"].search_sorted(keys)
-        inside = place.clip(upper_bound=self.rows.height - 1)
-        near = self.rows[inside]
-        hit = near["key"] == keys
-        if hit.all(ignore_nulls=False):
-            return near
-        facts = [pl.when(hit).then(pl.col(n)).alias(n) for n in INDEX_SCHEMA if n != "key"]
-        return near.with_columns(keys.alias("key"), *facts)
+        """INDEX_SCHEMA, one row for each of `keys`, in their order; nulls for those that are unknown."""
+        wanted = keys.alias("key").to_frame().with_row_index("position").sort("key")
+        found = wanted.with_columns(pl.lit(None, INDEX_SCHEMA[name]).alias(name) for name in _FACTS)
+        for number, run in enumerate(reversed(self.runs)):
+            hits = wanted.join(run, on="key", how="left", maintain_order="left")
+            newer = [pl.coalesce(found[name], hits[name]).alias(name) for name in _FACTS]
+            found = hits.with_columns(newer) if number else hits
+        return found.sort("position").select(*INDEX_SCHEMA)
 
-    def save(self, path: Path) -> None:
-        """Write it; losing it costs only the time to build it again."""
-        head = msgspec.json.encode({"segments": self.segments})
+    def extended(self, entries: pl.DataFrame, ranks: pl.Series) -> Self:
+        """With entries of more segments.
 
-        def write(file: object) -> None:
-            file.write(head + b"\n")  # type: ignore[attr-defined]
-            self.rows.write_ipc(file, compression="uncompressed")  # type: ignore[call-overload]
+        Parameters
+        ----------
+        entries
+            INDEX_SCHEMA, in any order, keys perhaps more than once.
+        ranks
+            By number of a segment, its place in the written order; a segment that is gone ranks last.
+        """
+        new = _best_of_each(entries, ranks)
+        if self.runs:
+            new = _settled(self.find(new["key"]), new, ranks)
+        runs = [*self.runs, new]
+        while len(runs) > 1 and runs[-2].height < 2 * runs[-1].height:
+            runs[-2:] = [_joined(runs[-2], runs[-1])]
+        return type(self)(tuple(runs))
 
-        write_atomic(path, write)
-
-    @classmethod
-    def load(cls, path: Path) -> KeyIndex:
-        """Read it; whatever is wrong with the file, the answer is an empty index."""
-        try:
-            head, _, body = path.read_bytes().partition(b"\n")
-            segments = msgspec.json.decode(head, type=dict[str, dict[int, str]])["segments"]
-            rows = pl.read_ipc(body)
-        except (OSError, msgspec.DecodeError, KeyError, UnicodeDecodeError, pl.exceptions.PolarsError):
-            return cls()
-        sound = (
-            rows.schema == pl.Schema(INDEX_SCHEMA)
-            and rows["key"].is_sorted()
-            and rows["segment"].unique().is_in(list(segments)).all()
-        )
-        return cls(segments, rows) if sound else cls()
+    def merged(self) -> Self:
+        """The same as a single run."""
+        runs = list(self.runs)
+        while len(runs) > 1:
+            runs[-2:] = [_joined(runs[-2], runs[-1])]
+        return type(self)(tuple(runs))
 
 
-def _winners(rows: pl.DataFrame, segments: Mapping[int, str]) -> pl.DataFrame:
-    """One row a key: the best state, then the earliest segment; attempts are the most of all."""
-    rows = rows.sort("key")
-    if not (rows["key"] == rows["key"].shift()).any():
-        return rows
-    in_order = sorted(segments, key=lambda number: segments[number])
-    written = {number: rank for rank, number in enumerate(in_order)}
-    rank = pl.col("segment").replace_strict(written, return_dtype=pl.UInt32)
-    most = rows.group_by("key").agg(pl.col("attempt").max())
-    best = rows.sort("key", "state", rank, "row").unique("key", keep="first", maintain_order=True)
-    return (
-        best.drop("attempt")
-        .join(most, on="key", how="left", maintain_order="left")
-        .select(*INDEX_SCHEMA)
-        .sort("key")
+def _best_of_each(entries: pl.DataFrame, ranks: pl.Series) -> pl.DataFrame:
+    entries = entries.select(*INDEX_SCHEMA).sort("key")
+    same = entries["key"] == entries["key"].shift()
+    if not same.any():
+        return entries
+    twice = (same | same.shift(-1)).fill_null(False)
+    best = (
+        entries.filter(twice)
+        .with_columns(rank=ranks.gather(entries.filter(twice)["segment"]))
+        .sort("key", "state", "rank", "row")
+        .with_columns(pl.col("attempt").max().over("key"))
+        .unique("key", keep="first", maintain_order=True)
     )
+    return pl.concat([entries.filter(~twice), best.select(*INDEX_SCHEMA)]).sort("key")
+
+
+def _settled(known: pl.DataFrame, new: pl.DataFrame, ranks: pl.Series) -> pl.DataFrame:
+    """Of what is known of a key and what is new, row by row, the better one."""
+    if known["state"].null_count() == known.height:
+        return new
+    earlier = ranks.gather(known["segment"]) < ranks.gather(new["segment"])
+    stays = (known["state"] < new["state"]) | ((known["state"] == new["state"]) & earlier)
+    facts = [
+        pl.when(stays.fill_null(False)).then(known[name]).otherwise(pl.col(name)).alias(name)
+        for name in _FACTS
+        if name != "attempt"
+    ]
+    return new.with_columns(*facts, attempt=pl.max_horizontal(pl.col("attempt"), known["attempt"]))
+
+
+def _joined(older: pl.DataFrame, newer: pl.DataFrame) -> pl.DataFrame:
+    both = pl.concat([older, newer]).sort("key")
+    if not (both["key"] == both["key"].shift()).any():
+        return both
+    return pl.concat([older.join(newer, on="key", how="anti"), newer]).sort("key")
+
+
+def save(path: Path, index: KeyIndex, covered: Sequence[tuple[str, str]]) -> None:
+    """Write an index and what it covers: for each number, name and stamp of the segment."""
+    rows = index.merged().runs[0]
+
+    def write(file: BinaryIO) -> None:
+        # The IPC file has no checksum of its own, and a wrong state in it would be believed.
+        ipc = rows.write_ipc(None, compression="uncompressed").getbuffer()
+        head = {"format": _FORMAT, "covered": covered, "crc32": zlib.crc32(ipc)}
+        file.write(json.dumps(head).encode() + b"\n")
+        file.write(ipc)
+
+    write_atomic(path, write)
+
+
+def load(path: Path) -> tuple[KeyIndex, list[tuple[str, str]]] | None:
+    """Read an index and what it covers; None if it is missing, or anything about it is wrong."""
+    try:
+        with path.open("rb") as file:
+            head = json.loads(file.readline())
+            ipc = file.read()
+        if head["format"] != _FORMAT or head["crc32"] != zlib.crc32(ipc):
+            return None
+        covered = [(str(name), str(stamp)) for name, stamp in head["covered"]]
+        rows = pl.read_ipc(ipc)
+    except (OSError, ValueError, TypeError, KeyError, pl.exceptions.PolarsError):
+        return None
+    if rows.schema != pl.Schema(INDEX_SCHEMA) or not rows["key"].is_sorted():
+        return None
+    return KeyIndex((rows.with_columns(pl.col("key").set_sorted()),)), covered

@@ -1,36 +1,43 @@
-"""The ledger: one small JSON record a job, transactional and durable, in a `diskcache.Cache`.
-
-diskcache has sharp edges, and each is covered here: it unpickles what it finds (CVE-2025-69872), so the
-Disk class refuses anything but text; it evicts by default; a size limit deletes in silence; its default
-`synchronous` can lose a commit at power loss; settings are rewritten by the next opener.
-"""
+"""The ledger: one small JSON record a job, transactional and durable."""
 
 from __future__ import annotations
 
 import contextlib
-import sqlite3
+import dataclasses
+import json
+import math
+import os
 import threading
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NoReturn, Protocol
-
-import msgspec
+from typing import TYPE_CHECKING, Any, Protocol
 
 from polars_llm.errors import CacheCorrupt, CacheError
 from polars_llm.job import Job, State
 
+if TYPE_CHECKING:
+    from polars_llm.store.textcache import TextCache
+
 __all__ = ["DiskcacheLedger", "Ledger"]
 
-# Open jobs sort first, so that reading them never touches the closed ones.
-_OPEN, _CLOSED, _FACT = "a/", "b/", "c/"
-_LARGEST = 30_000
+# Open jobs lie together, so that reading them does not touch the closed ones.
+_OPEN, _CLOSED, _FACT = "open/", "closed/", "fact/"
+_LARGEST = 32 * 1024
 
 
 class Ledger(Protocol):
-    """Jobs and small facts; what a method has returned from is durable."""
+    """Jobs and small facts; what a method has returned from is durable.
+
+    All of it is safe between threads and processes. Every method may raise CacheError, and CacheCorrupt
+    where the records cannot be trusted.
+    """
 
     def transaction(self) -> contextlib.AbstractContextManager[None]:
-        """Exclude all other processes and threads; re-entrant. Waits, then raises CacheError."""
+        """Exclude all other writers, of this process and of others, for the block.
+
+        What the block writes is seen by others, and durable, when it ends; an exception undoes it.
+        Re-entrant within a thread. Reading goes on meanwhile and sees the state before.
+        """
 
     def put(self, job: Job) -> None:
         """Store a new job, or replace its record."""
@@ -39,216 +46,243 @@ class Ledger(Protocol):
         """The job as it stands, None if there is none of that id."""
 
     def jobs(self, *, open_only: bool = False) -> list[Job]:
-        """All jobs, oldest first."""
+        """All jobs of one moment, by created_at, then id."""
 
     def move(self, job: Job, state: State, **facts: Any) -> Job:
-        """Compare and set: if the job still stands as `job` does, move it, else leave it.
+        """Compare and set: store ``job.to(state, **facts)`` if nobody has changed the job meanwhile.
 
-        Returns it as it stands afterwards. Raises ValueError for an arrow that does not exist.
+        Nobody has if the stored record equals `job` in every fact. Of two who move the same job from
+        the same record exactly one wins, also where the state stays the same.
+
+        Returns
+        -------
+        Job
+            The job as it stands afterwards: moved, or as somebody else has left it.
+
+        Raises
+        ------
+        ValueError
+            There is no such transition.
+        CacheError
+            The ledger does not know the job: somebody removed the directory.
         """
 
     def get_fact(self, name: str) -> Any:
-        """A small named value, None if unset."""
+        """A small named JSON value, None if unset."""
 
     def put_fact(self, name: str, value: Any) -> None:
-        """Set a small named value."""
+        """Set a small named JSON value."""
 
     def close(self) -> None:
         """Let go of the database; the next call opens it again."""
 
 
 class DiskcacheLedger:
-    """A ledger in a directory; nothing is opened before the first call.
+    """A ledger in a directory of its own; nothing is opened or made before the first call.
 
     Parameters
     ----------
     directory
         Where the database lies.
     timeout
-        Seconds to wait for another process' transaction.
+        Seconds to wait for another's transaction.
     """
 
     def __init__(self, directory: Path, timeout: float = 60.0) -> None:
-        self._directory = directory
+        self._directory = Path(directory)
         self._timeout = timeout
-        self._cache: Any = None
-        self._opening = threading.Lock()
-        self._depth = threading.local()
+        self._process = _Process()
+
+    def __repr__(self) -> str:
+        return f"DiskcacheLedger({str(self._directory)!r})"
 
     @contextlib.contextmanager
     def transaction(self) -> Iterator[None]:
-        """Exclude all others; nested calls join the outer one."""
-        if getattr(self._depth, "n", 0):
+        """Exclude all other writers for the block; see `Ledger.transaction`."""
+        here = self._here()
+        if here.local.writing:
             yield
             return
-        with self._errors(), self._open().transact(retry=False):
-            self._depth.n = 1
-            try:
-                yield
-            finally:
-                self._depth.n = 0
+        # Threads of one process queue here; SQLite's own waiting is for other processes.
+        if not here.turn.acquire(timeout=self._timeout):
+            raise self._waited()
+        try:
+            with self._session() as cache:
+                with self._errors():
+                    cache.begin()
+                here.local.writing = True
+                try:
+                    yield
+                except BaseException:
+                    here.local.writing = False
+                    cache.close()  # which undoes it
+                    raise
+                here.local.writing = False
+                with self._errors():
+                    cache.commit()
+        finally:
+            here.local.writing = False
+            here.turn.release()
 
     def put(self, job: Job) -> None:
-        """Store a job under the prefix of its state."""
-        text = msgspec.json.encode(job.to_dict()).decode()
-        here, there = (_OPEN, _CLOSED) if job.state.is_open else (_CLOSED, _OPEN)
-        with self.transaction():
-            self._set(here + job.id, text)
-            self._open().delete(there + job.id)
+        """Store a new job, or replace its record."""
+        name, other = (_OPEN, _CLOSED) if job.state.is_open else (_CLOSED, _OPEN)
+        text = _encode(job.to_dict(), job.id)
+        with self.transaction(), self._session() as cache, self._errors():
+            cache.set(name + job.id, text)
+            cache.delete(other + job.id)
 
     def get(self, job_id: str) -> Job | None:
-        """Look under both prefixes."""
-        with self._errors():
-            cache = self._open()
-            # A job moves from open to closed, never back: in this order it cannot be missed.
-            text = cache.get(_OPEN + job_id) or cache.get(_CLOSED + job_id)
-        return None if text is None else self._job(text)
+        """The job as it stands, None if there is none of that id."""
+        found = self._read("among", _OPEN + job_id, _CLOSED + job_id)
+        return self._job(*found[0]) if found else None
 
     def jobs(self, *, open_only: bool = False) -> list[Job]:
-        """One pass over the keys in order."""
-        wanted = (_OPEN,) if open_only else (_OPEN, _CLOSED)
-        found: dict[str, Job] = {}
-        if not self._directory.exists():
-            return []
-        with self._errors():
-            cache = self._open()
-            for key in cache.iterkeys():
-                if not key.startswith(wanted):
-                    break
-                text = cache.get(key)
-                if text is not None:
-                    job = self._job(text)
-                    found[job.id] = job
-        return sorted(found.values(), key=lambda job: (job.created_at, job.id))
+        """All jobs of one moment, by created_at, then id."""
+        prefixes = (_OPEN,) if open_only else (_OPEN, _CLOSED)
+        found = [self._job(key, text) for key, text in self._read("under", *prefixes)]
+        return sorted(found, key=lambda job: (job.created_at, job.id))
 
     def move(self, job: Job, state: State, **facts: Any) -> Job:
-        """Compare and set by state and time of the last change."""
+        """Compare and set; see `Ledger.move`."""
+        moved = job.to(state, **facts)
         with self.transaction():
-            current = self.get(job.id)
-            if current is None or (current.state, current.updated_at) != (job.state, job.updated_at):
-                return current or job
-            moved = job.to(state, **facts)
+            stands = self.get(job.id)
+            if stands is None:
+                raise self._unknown(job)
+            if stands != job:
+                return stands
+            # A clock that stands still or goes back must not make two records look the same.
+            if moved.updated_at <= stands.updated_at:
+                later = math.nextafter(stands.updated_at, math.inf)
+                moved = dataclasses.replace(moved, updated_at=later)
             self.put(moved)
             return moved
 
     def get_fact(self, name: str) -> Any:
-        """A JSON value."""
-        with self._errors():
-            text = self._open().get(_FACT + name)
-        return None if text is None else msgspec.json.decode(text)
+        """A small named JSON value, None if unset."""
+        found = self._read("among", _FACT + name)
+        return self._decode(*found[0]) if found else None
 
     def put_fact(self, name: str, value: Any) -> None:
-        """A JSON value."""
-        with self.transaction():
-            self._set(_FACT + name, msgspec.json.encode(value).decode())
+        """Set a small named JSON value."""
+        text = _encode(value, name)
+        with self.transaction(), self._session() as cache, self._errors():
+            cache.set(_FACT + name, text)
 
     def close(self) -> None:
-        """Close the connection of this thread."""
-        with self._opening:
-            if self._cache is not None:
-                self._cache.close()
-                self._cache = None
+        """Let go of the database; the next call opens it again."""
+        self._here().cache = None
 
-    def _set(self, key: str, text: str) -> None:
-        if len(text.encode()) > _LARGEST:
-            raise CacheError(
-                f"The ledger record {key} has {len(text):,} characters; {_LARGEST:,} is the limit.",
-                path=str(self._directory),
-                hint="please report this. Nothing was sent.",
-            )
-        with self._errors():
-            self._open().set(key, text, retry=False)
-
-    def _job(self, text: str) -> Job:
-        try:
-            return Job.from_dict(msgspec.json.decode(text, type=dict[str, Any]))
-        except (msgspec.DecodeError, TypeError, KeyError, ValueError) as error:
-            self._corrupt(error)
-
-    def _open(self) -> Any:
-        with self._opening:
-            if self._cache is None:
-                self._cache = _open_cache(self._directory, self._timeout)
-            return self._cache
+    def _here(self) -> _Process:
+        if self._process.pid != os.getpid():
+            self._process = _Process()  # a forked child starts anew
+        return self._process
 
     @contextlib.contextmanager
-    def _errors(self) -> Iterator[None]:
-        import diskcache
-
+    def _session(self) -> Iterator[TextCache]:
+        """The cache, with a connection for the block: none outlives an operation, so none gets forked."""
+        here = self._here()
+        if here.local.cache is not None:
+            yield here.local.cache
+            return
+        with self._errors():
+            cache = self._opened(here)
+        here.local.cache = cache
         try:
-            yield
-        except diskcache.Timeout as error:
-            raise CacheError(
-                f"Another process has held the ledger {self._directory} for {self._timeout:.0f} s.",
-                path=str(self._directory),
-                hint="run the same line again; if it stays, look for a hanging process that uses this"
-                " cache directory. Nothing was sent.",
-            ) from error
-        except sqlite3.OperationalError as error:
-            raise CacheError(
-                f"The ledger {self._directory} cannot be used: {error}.",
-                path=str(self._directory),
-                hint="free space, make the directory writable, or set POLARS_LLM_CACHE_DIR to another"
-                " one. What was sent is recorded and stays at the provider.",
-            ) from error
-        except (sqlite3.DatabaseError, _Foreign) as error:
-            self._corrupt(error)
+            yield cache
+        finally:
+            here.local.cache = None
+            cache.close()
 
-    def _corrupt(self, error: Exception) -> NoReturn:
-        raise CacheCorrupt(
-            f"The ledger {self._directory} is damaged or holds what this library did not write: {error}",
+    def _opened(self, here: _Process) -> TextCache:
+        from polars_llm.store.textcache import file_identity, open_text_cache
+
+        with here.opening:
+            # Removed, or put back from a backup, while this process lives: what we know is void.
+            if here.cache is None or here.identity != file_identity(self._directory):
+                here.cache = open_text_cache(self._directory, self._timeout)
+                here.identity = file_identity(self._directory)
+            return here.cache
+
+    def _read(self, how: str, *names: str) -> list[tuple[str, str]]:
+        from polars_llm.store.textcache import text_cache_exists
+
+        with self._errors():
+            if not text_cache_exists(self._directory):
+                return []  # reading makes nothing
+        with self._session() as cache, self._errors():
+            found: list[tuple[str, str]] = cache.under(*names) if how == "under" else cache.among(*names)
+            return found
+
+    def _errors(self) -> contextlib.AbstractContextManager[None]:
+        from polars_llm.store.textcache import sqlite_errors
+
+        return sqlite_errors(self._directory, self._timeout)
+
+    def _job(self, key: str, text: str) -> Job:
+        try:
+            job = Job.from_dict(self._decode(key, text))
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            raise self._damaged(key, str(error)) from error
+        if key != (_OPEN if job.state.is_open else _CLOSED) + job.id:
+            raise self._damaged(key, f"it is the record of {job.id}, {job.state}")
+        return job
+
+    def _decode(self, key: str, text: str) -> Any:
+        try:
+            return json.loads(text)
+        except ValueError as error:
+            raise self._damaged(key, str(error)) from error
+
+    def _damaged(self, key: str, what: str) -> CacheCorrupt:
+        return CacheCorrupt(
+            f"The record {key!r} in the ledger {self._directory} is damaged, or a newer version wrote it:"
+            f" {what}.",
             path=str(self._directory),
-            hint="move that directory away, then pllm.recover('openai') reads back from the provider"
-            " what was sent. Until then nothing is sent, so nothing is paid twice.",
-        ) from error
+            hint="upgrade polars-llm-batch, or restore the ledger from a backup. Until then nothing is"
+            " sent, so nothing is paid twice.",
+        )
+
+    def _unknown(self, job: Job) -> CacheError:
+        return CacheError(
+            f"{job.id} is no longer in the ledger {self._directory}; was the cache directory removed?",
+            path=str(self._directory),
+            hint=f"pllm.recover({job.provider!r}) reads back what was sent and paid for.",
+        )
+
+    def _waited(self) -> CacheError:
+        from polars_llm.store.textcache import busy
+
+        return busy(self._directory, self._timeout)
 
 
-class _Foreign(Exception):
-    """A row that is not plain text: it is never unpickled."""
+class _Process:
+    """What belongs to one process and must not be used by its forked children."""
+
+    def __init__(self) -> None:
+        self.pid = os.getpid()
+        self.turn = threading.RLock()
+        self.opening = threading.Lock()
+        self.local = _Thread()
+        self.cache: TextCache | None = None
+        self.identity: tuple[int, int] | None = None
 
 
-def _open_cache(directory: Path, timeout: float) -> Any:
-    import diskcache
+class _Thread(threading.local):
+    """Whether this thread is inside an operation, and inside a transaction."""
 
-    class TextDisk(diskcache.Disk):  # type: ignore[misc]  # diskcache has no types
-        """Text keys and text values; everything else is refused in both directions."""
+    cache: TextCache | None = None
+    writing = False
 
-        def put(self, key: Any) -> Any:
-            if type(key) is not str:
-                raise TypeError(f"a key of type {type(key).__name__}")
-            return super().put(key)
 
-        def get(self, key: Any, raw: Any) -> Any:
-            if not raw or type(key) is not str:
-                raise _Foreign("a key that is not text")
-            return super().get(key, raw)
-
-        def store(self, value: Any, read: Any, key: Any = diskcache.UNKNOWN) -> Any:
-            if type(value) is not str or read:
-                raise TypeError(f"a value of type {type(value).__name__}")
-            return super().store(value, read, key=key)
-
-        def fetch(self, mode: Any, filename: Any, value: Any, read: Any) -> Any:
-            if mode != diskcache.core.MODE_RAW or type(value) is not str:
-                raise _Foreign("a value that is not text")
-            return super().fetch(mode, filename, value, read)
-
-    settings = {
-        "disk": TextDisk,
-        "eviction_policy": "none",
-        "cull_limit": 0,
-        "size_limit": 2**62,
-        "statistics": 0,
-        "tag_index": 0,
-        "sqlite_synchronous": 2,  # FULL: a commit survives power loss
-        "disk_min_file_size": 2**30,  # records never become files of their own
-    }
-    try:
-        directory.mkdir(mode=0o700, parents=True, exist_ok=True)
-    except OSError as error:
+def _encode(value: Any, name: str) -> str:
+    # ASCII, so that any str fits, lone surrogates of a garbled error message included.
+    text = json.dumps(value, allow_nan=False, separators=(",", ":"))
+    if len(text) > _LARGEST:
         raise CacheError(
-            f"The cache directory {directory} cannot be made: {error.strerror}.",
-            path=str(directory),
-            hint="set POLARS_LLM_CACHE_DIR to a directory that can be written. Nothing was sent.",
-        ) from error
-    return diskcache.Cache(str(directory), timeout=timeout, **settings)
+            f"The record of {name} has {len(text):,} bytes; the ledger takes {_LARGEST:,}.",
+            path=name,
+            hint="please report this with the text of its longest field. Nothing was sent for it.",
+        )
+    return text

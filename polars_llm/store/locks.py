@@ -13,8 +13,6 @@ import threading
 from collections.abc import Iterator
 from pathlib import Path
 
-import filelock
-
 __all__ = ["hold", "is_held", "try_hold"]
 
 _held: set[int] = set()
@@ -45,6 +43,12 @@ def _open(path: Path, flags: int) -> int:
         return descriptor
 
 
+def _lock(descriptor: int) -> bool:
+    import filelock  # here and not above: `import polars_llm` stays quick
+
+    return filelock.lock_descriptor(descriptor, blocking=False)
+
+
 def _close(descriptor: int) -> None:
     with _guard:
         _held.discard(descriptor)
@@ -57,7 +61,7 @@ def _acquire(path: Path) -> int | None:
         descriptor = _open(path, os.O_RDWR | os.O_CREAT)
         got = False
         try:
-            if not filelock.lock_descriptor(descriptor, blocking=False):
+            if not _lock(descriptor):
                 return None
             # Its last holder may have removed the file after our open: that lock guards no name.
             got = _is_at(path, descriptor)
@@ -130,7 +134,7 @@ def is_held(path: Path) -> bool:
 
 def _try_shared(descriptor: int) -> bool:
     if sys.platform == "win32":
-        return filelock.lock_descriptor(descriptor, blocking=False)
+        return _lock(descriptor)
     import fcntl
 
     # Shared, so that of two who ask at the same time neither takes the other for the owner.

@@ -1,285 +1,417 @@
-"""The results: immutable Parquet segments, in the order they came, and the index of their keys.
+"""The results: every answer ever paid for, as immutable Parquet segments in the order they came.
 
-A segment is written once and never changed: to a temporary file, fsynced, renamed. Any number of
-processes add and read without talking to each other; the directory is the truth, the index a cache of
-it. Merging small segments writes the merged one first and removes the others after it, so that a reader
-always finds every answer in at least one.
+Any number of processes add and read without talking to each other: a segment is written under a
+temporary name, fsynced and renamed, and never changed. The directory is the truth; the index is a cache of
+it. Merging writes the merged segment before it removes those that it replaces, so every answer is in at
+least one segment at any time, and it doesn't matter that for a moment it is in two.
 """
 
 from __future__ import annotations
 
 import contextlib
-import secrets
+import dataclasses
+import os
 import threading
-import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import polars as pl
+from polars.io.plugins import register_io_source
 
-from polars_llm.answer import ANSWER_SCHEMA
+from polars_llm.answer import ANSWER_SCHEMA, RETRY
 from polars_llm.errors import CacheCorrupt, CacheError
-from polars_llm.store import locks
-from polars_llm.store.directory import os_errors, write_atomic
-from polars_llm.store.index import KeyIndex
+from polars_llm.store import index as key_index
+from polars_llm.store import locks, segment
+from polars_llm.store.directory import os_errors, sync_directory
+from polars_llm.store.index import INDEX_SCHEMA, KeyIndex
 
 __all__ = ["ParquetResults", "ResultStore"]
 
 
 class ResultStore(Protocol):
-    """Answers by key; what `add` has returned from is durable."""
+    """Answers by key. `tests/store/results_contract.py` says the same as a test suite."""
 
     def add(self, answers: pl.DataFrame) -> None:
-        """Store answers (ANSWER_SCHEMA)."""
+        """Keep answers: durable on return, and all of them or none.
+
+        Parameters
+        ----------
+        answers
+            Columns of ANSWER_SCHEMA. A key may come more than once, and may be known already.
+        """
 
     def find(self, keys: pl.Series) -> pl.DataFrame:
-        """Where the best answer to each key is: INDEX_SCHEMA, in the order of `keys`, nulls if unknown."""
+        """Look keys up in everything that was durable when `find` was called.
+
+        Of several answers for one key the lowest state counts, then the one written first.
+
+        Parameters
+        ----------
+        keys
+            UInt128: the first 16 bytes of each key, big-endian. May hold duplicates and nulls.
+
+        Returns
+        -------
+        DataFrame
+            One row for each of `keys`, in their order: ``key``; ``state``, null if unknown;
+            ``attempt``, the highest of that key; ``segment`` and ``row``, for `read`.
+
+        Raises
+        ------
+        CacheCorrupt
+            Something is damaged, so that nobody can say what was paid for.
+        """
 
     def read(self, found: pl.DataFrame, columns: Sequence[str]) -> pl.DataFrame:
-        """Columns of what `find` found, in its order; nulls where it found nothing."""
+        """Columns of the answers that `find` found.
+
+        Parameters
+        ----------
+        found
+            What `find` returned, or rows of it; where ``segment`` is null the answer is all null.
+        columns
+            Names of ANSWER_SCHEMA.
+        """
 
     def scan(self) -> pl.LazyFrame:
-        """Everything, one row a key."""
+        """Everything, one answer for each key."""
 
     def compact(self) -> None:
-        """Merge what is small; cheap when there is nothing to do."""
+        """Tidy up, if it pays by now; cheap if not. Never raises because of what it finds."""
 
 
-_INDEX_FILE = "index.arrow"
-_ROW_GROUP = 25_000
-# The index is written anew when this share of it is not in the file yet.
-_STALE_SHARE = 0.1
-_STALE_ROWS = 20_000
-# Merging: this many neighbours under this size become one.
-_SMALL_ROWS = 50_000
-_MANY = 32
-_MERGED_ROWS = 1_000_000
-_OLD_SECONDS = 86_400.0
+_INDEX = "keys.index"
+_LOCK = ".compact.lock"
+# The index file is written again when so many rows, and this share of them, are not in it: reading them
+# from the segments takes 0.2 s for each million.
+_UNSAVED_ROWS = 50_000
+_UNSAVED_SHARE = 0.1
+# How long somebody waits for another thread that reads the same new segments. A thread of Polars' pool that
+# waits for part of a query runs other work meanwhile, such as a function that asks this store: in the same
+# thread (hence a re-entrant lock), or in another, which the first one may be waiting for (hence an end).
+_PATIENCE_S = 2.0
+_TRIES = 20
+_SCAN_ROWS = 4 * segment.ROWS_PER_GROUP
+_GONE = 2**32 - 1
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class _View:
+    """The segments that were there at some moment, and the index of their keys."""
+
+    names: frozenset[str] = frozenset()
+    index: KeyIndex = dataclasses.field(default_factory=KeyIndex)
+    unsaved: int = 0
 
 
 class ParquetResults:
-    """Results in a directory; nothing is opened before the first call."""
+    """A directory of Parquet segments.
+
+    Parameters
+    ----------
+    directory
+        Need not exist: `add` makes it. ``pl.scan_parquet(directory / "*.parquet")`` reads it as well; there
+        a key that was answered more than once has all its rows.
+    """
 
     def __init__(self, directory: Path) -> None:
-        self._directory = directory
-        self._index = KeyIndex()
-        self._numbers: dict[str, int] = {}  # of every segment this process has seen, gone ones too
-        self._saved_rows = 0
-        self._lock = threading.Lock()
+        self._directory = Path(directory)
+        self._view: _View | None = None
+        self._refreshing = threading.RLock()
+        # Names by number, of every segment ever seen: a number never changes its meaning. Guarded by a lock
+        # that is never held while Polars works.
+        self._names: list[str] = []
+        self._naming = threading.Lock()
+        self._left_alone: set[str] = set()
+        self._tidied: set[str] = set()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self._directory,)
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({str(self._directory)!r})"
 
     def add(self, answers: pl.DataFrame) -> None:
-        """One new segment."""
-        if answers.schema != pl.Schema(ANSWER_SCHEMA):
-            raise ValueError(f"answers have the schema {answers.schema}, not ANSWER_SCHEMA")
-        if answers.height:
-            self._write(f"{time.time_ns():020d}-{secrets.token_hex(4)}.parquet", answers)
-
-    def _write(self, name: str, answers: pl.DataFrame) -> None:
+        """See `ResultStore`."""
+        _check(answers)
+        if answers.is_empty():
+            return
         with os_errors(self._directory):
             self._directory.mkdir(mode=0o700, parents=True, exist_ok=True)
-        write_atomic(
-            self._directory / name,
-            lambda file: answers.write_parquet(
-                file, compression="zstd", compression_level=1, row_group_size=_ROW_GROUP, statistics=False
-            ),
-        )
+        segment.write(self._directory, answers, self._listed)
 
     def find(self, keys: pl.Series) -> pl.DataFrame:
-        """Look the keys up, in all that is durable now."""
-        return self._current().find(keys)
+        """See `ResultStore`."""
+        if keys.dtype != pl.UInt128:
+            raise TypeError(f"keys are UInt128, not {keys.dtype}")
+        return self._current().index.find(keys)
 
     def read(self, found: pl.DataFrame, columns: Sequence[str]) -> pl.DataFrame:
-        """Read only the segments that are hit, and of those only the range of rows that is."""
-        schema = {name: ANSWER_SCHEMA[name] for name in columns}
-        if found["segment"].null_count() == found.height:
-            return (
-                found.select("key")
-                .with_columns(pl.lit(None, t).alias(n) for n, t in schema.items())
-                .select(columns)
-            )
-        while True:
+        """See `ResultStore`."""
+        unknown = [name for name in columns if name not in ANSWER_SCHEMA]
+        if unknown:
+            raise ValueError(f"answers have no columns {unknown}")
+        for _ in range(_TRIES):
             try:
-                return _gather(self._directory, self._names_of(found), found, schema)
+                return self._read(found, list(columns))
             except FileNotFoundError:
-                # Merged away since: the answers are in another segment now.
-                again = self._rebuilt().find(found["key"])
-                known = found["segment"].is_not_null()
-                found = again.with_columns(
-                    pl.when(known).then(pl.col(c)).alias(c) for c in ("segment", "row", "state")
-                )
+                pass
+            except segment.Moved:
+                self._view = None
+            found = self._found_again(found)
+        raise self._restless()
 
     def scan(self) -> pl.LazyFrame:
-        """Everything, one row a key, as a lazy frame over the segments."""
-        index = self._current()
-        if not index.segments:
-            return pl.LazyFrame(schema=ANSWER_SCHEMA)
-        lazy = []
-        by_segment = index.rows.select("segment", "row").sort("segment", "row")
-        for (segment,), part in by_segment.partition_by("segment", as_dict=True, maintain_order=True).items():
-            whole = _scan(self._directory / index.segments[int(segment)], ANSWER_SCHEMA)
-            rows = part["row"]
-            rows.len()
-            keep = part.lazy().select("row")
-            lazy.append(whole.with_row_index("row").join(keep, on="row", how="semi").drop("row"))
-        return pl.concat(lazy)
+        """See `ResultStore`."""
+
+        def source(
+            with_columns: list[str] | None,
+            predicate: pl.Expr | None,
+            n_rows: int | None,
+            batch_size: int | None,  # noqa: ARG001 (a batch is what is read together)
+        ) -> Iterator[pl.DataFrame]:
+            columns = list(ANSWER_SCHEMA) if with_columns is None else with_columns
+            read_by_filter = [] if predicate is None else predicate.meta.root_names()
+            for found in self._batches(n_rows):
+                rows = self.read(found, list(dict.fromkeys([*columns, *read_by_filter])))
+                yield (rows if predicate is None else rows.filter(predicate)).select(columns)
+
+        return register_io_source(source, schema=dict(ANSWER_SCHEMA))
 
     def compact(self) -> None:
-        """Merge runs of small neighbours into segments of up to a million rows."""
-        small = self._small()
-        if len(small) < _MANY:
+        """See `ResultStore`."""
+        if not self._untidied() and not self._due():
             return
-        with locks.try_hold(self._directory / ".compact.lock") as ours:
+        # A disk that is full or read-only is said by `add`, when it matters; tidying can wait.
+        with contextlib.suppress(OSError, CacheError), locks.try_hold(self._directory / _LOCK) as ours:
             if not ours:
                 return
-            names = self._small()  # somebody may have merged them before we got the lock
-            if len(names) < _MANY:
-                return
-            merged = pl.concat([_scan(self._directory / name, ANSWER_SCHEMA) for name in names]).collect()
-            # It takes the place of its first part in the order of writing.
-            self._write(f"{names[0].split('-')[0]}-{secrets.token_hex(4)}.parquet", merged)
-            for name in names:
-                (self._directory / name).unlink(missing_ok=True)
-            self._remove_old_temporaries()
+            self._finish_merges()
+            for _ in range(_TRIES):
+                if names := self._due():
+                    self._merge(names)
 
-    def _small(self) -> list[str]:
-        """The first run of small neighbours that is worth merging."""
-        index = self._current()
-        counts = dict(index.rows.group_by("segment").len().rows())
-        sizes = {name: counts.get(number, 0) for number, name in index.segments.items()}
-        run: list[str] = []
-        total = 0
-        for name in sorted(sizes):
-            if sizes[name] >= _SMALL_ROWS or total + sizes[name] > _MERGED_ROWS:
-                if len(run) >= _MANY:
-                    return run
-                run, total = [], 0
-                continue
-            run.append(name)
-            total += sizes[name]
-        return run
+    # --- reading ---------------------------------------------------------------------------------------
 
-    def _remove_old_temporaries(self) -> None:
-        for path in self._directory.glob(".*.tmp"):
-            with contextlib.suppress(OSError):
-                if time.time() - path.stat().st_mtime > _OLD_SECONDS:
-                    path.unlink()
+    def _read(self, found: pl.DataFrame, columns: list[str]) -> pl.DataFrame:
+        schema = {name: ANSWER_SCHEMA[name] for name in columns}
+        place = pl.col("segment").cast(pl.UInt64) * 2**32 + pl.col("row")
+        hits = found.select("key", place.alias("place")).with_row_index("position")
+        if hits["place"].has_nulls():
+            hits = hits.drop_nulls("place")
+        if not hits["place"].is_sorted():
+            hits = hits.sort("place")
+        if hits.is_empty():
+            return pl.DataFrame(schema=schema).clear(found.height)
+        parts = [self._take(part, columns) for part in _by_span(hits)]
+        return _in_order(pl.concat(parts), hits["position"], found.height)
 
-    def _names(self) -> list[str]:
-        try:
-            return sorted(p.name for p in self._directory.iterdir() if p.name.endswith(".parquet"))
-        except FileNotFoundError:
-            return []
+    def _take(self, hits: pl.DataFrame, columns: list[str]) -> pl.DataFrame:
+        number = int(hits["place"][0]) >> 32
+        if number >= len(self._names):
+            raise segment.Moved(str(number))
+        rows = (hits["place"] - (number << 32)).cast(pl.UInt32)
+        return segment.take(self._directory / self._names[number], rows, hits["key"], columns)
 
-    def _current(self) -> KeyIndex:
-        """The index over what is on disk now; extended by what is new, rebuilt if something went."""
-        with self._lock:
-            names = self._names()
-            if not set(self._index.segments.values()) <= set(names):
-                self._index, self._saved_rows = KeyIndex(), 0
-            if len(names) != len(self._index.segments):
-                self._extend(names)
-            return self._index
-
-    def _names_of(self, found: pl.DataFrame) -> dict[int, str]:
-        with self._lock:
-            names = {number: name for name, number in self._numbers.items()}
-        return {number: names[number] for number in found["segment"].drop_nulls().unique()}
-
-    def _rebuilt(self) -> KeyIndex:
-        with self._lock:
-            self._index, self._saved_rows = KeyIndex(), 0
-        return self._current()
-
-    def _extend(self, names: Sequence[str]) -> None:
-        if not self._numbers:
-            saved = KeyIndex.load(self._directory / _INDEX_FILE)
-            if set(saved.segments.values()) <= set(names):
-                self._index, self._saved_rows = saved, saved.rows.height
-                self._numbers = {name: number for number, name in saved.segments.items()}
-        covered = set(self._index.segments.values())
-        new = [name for name in names if name not in covered]
-        if new:
-            parts = [_keys(self._directory / name) for name in new]
-            for name in new:
-                self._numbers.setdefault(name, max(self._numbers.values(), default=-1) + 1)
-            self._index = self._index.extended({self._numbers[name]: name for name in new}, parts)
-        unsaved = self._index.rows.height - self._saved_rows
-        if unsaved > max(_STALE_ROWS, _STALE_SHARE * self._index.rows.height):
-            with contextlib.suppress(CacheError):  # read-only: the index stays in memory
-                self._index.save(self._directory / _INDEX_FILE)
-                self._saved_rows = self._index.rows.height
-
-
-@contextlib.contextmanager
-def _readable(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except FileNotFoundError:
-        raise
-    except (pl.exceptions.PolarsError, OSError) as error:
-        if not path.exists():
-            raise FileNotFoundError(path) from error
-        raise CacheCorrupt(
-            f"The results file {path} is damaged or foreign: {error}",
-            path=str(path),
-            hint="move that file away, then pllm.recover('openai') reads its answers back from the"
-            " provider. Until then nothing is sent, so nothing is paid twice.",
-        ) from error
-
-
-def _scan(path: Path, schema: Mapping[str, pl.DataType]) -> pl.LazyFrame:
-    """A segment, with nulls for columns that an older version did not write."""
-    with _readable(path):
-        if not path.exists():
-            raise FileNotFoundError(path)
-        lazy = pl.scan_parquet(path, glob=False)
-        have = lazy.collect_schema().names()
-    columns = [pl.col(n).cast(t) if n in have else pl.lit(None, t).alias(n) for n, t in schema.items()]
-    return lazy.select(columns)
-
-
-def _keys(path: Path) -> pl.DataFrame:
-    with _readable(path):
-        return (
-            pl.scan_parquet(path, glob=False)
-            .select(
-                pl.col("key").bin.slice(0, 16).bin.reinterpret(dtype=pl.UInt128, endianness="big"),
-                pl.col("state").cast(pl.UInt8),
-                pl.col("attempt").cast(pl.UInt16),
+    def _found_again(self, found: pl.DataFrame) -> pl.DataFrame:
+        known = found["segment"].is_not_null()
+        again = self.find(found["key"])
+        lost = known & again["segment"].is_null()
+        if lost.any():
+            raise CacheCorrupt(
+                f"{lost.sum():,} answers were removed from {self._directory} while they were read.",
+                path=str(self._directory),
+                hint="put the files back, or read the answers back from the provider with"
+                " pllm.recover('openai') (or 'anthropic'). Nothing was sent.",
             )
-            .collect()
+        return again.with_columns(
+            pl.when(known).then(pl.col(name)).alias(name) for name in ("segment", "row")
         )
 
+    def _restless(self) -> CacheError:
+        return CacheError(
+            f"The segments in {self._directory} are replaced faster than they can be read.",
+            path=str(self._directory),
+            hint="run the same line again. Nothing was sent.",
+        )
 
-def _gather(
-    directory: Path, names: Mapping[int, str], found: pl.DataFrame, schema: Mapping[str, pl.DataType]
-) -> pl.DataFrame:
-    """The rows of `found`, from one pass over the ranges that are hit."""
-    ranges = (
-        found.lazy()
-        .filter(pl.col("segment").is_not_null())
-        .group_by("segment")
-        .agg(first=pl.col("row").min(), last=pl.col("row").max())
-        .sort("segment")
-        .with_columns(height=pl.col("last") - pl.col("first") + 1)
-        .with_columns(start=pl.col("height").cum_sum() - pl.col("height"))
-        .collect()
-    )
-    parts = []
-    for segment, first, _, height, _ in ranges.iter_rows():
-        path = directory / names[segment]
-        parts.append(_scan(path, schema).slice(first, height))
-    with _readable(directory / names[ranges["segment"][0]]):
-        values = pl.concat(parts).collect()
-    offset = dict(zip(ranges["segment"], ranges["start"].cast(pl.Int64) - ranges["first"], strict=True))
-    shift = (
-        pl.col("segment").replace_strict(offset, default=None, return_dtype=pl.Int64)
-        if len(offset) > 1
-        else pl.when(pl.col("segment").is_not_null()).then(pl.lit(next(iter(offset.values())), pl.Int64))
-    )
-    place = found.select(shift + pl.col("row").cast(pl.Int64)).to_series()
-    in_order = (
-        place.len() == values.height and not place.has_nulls() and (place.diff().drop_nulls() == 1).all()
-    )
-    return values if in_order else values[place.cast(pl.UInt32)]
+    def _batches(self, n_rows: int | None) -> Iterator[pl.DataFrame]:
+        """Where everything is, in written order; at least one batch, so that an empty store has columns."""
+        view = self._current()
+        ranks = self._ranks(view.names)
+        runs = view.index.merged().runs
+        where = runs[0].select("key", "segment", "row") if runs else pl.DataFrame(schema=INDEX_SCHEMA)
+        where = where.with_columns(rank=ranks.gather(where["segment"])).sort("rank", "row").drop("rank")
+        where = where if n_rows is None else where.head(n_rows)
+        for start in range(0, max(where.height, 1), _SCAN_ROWS):
+            yield where.slice(start, _SCAN_ROWS)
+
+    # --- what is there ---------------------------------------------------------------------------------
+
+    def _listed(self) -> frozenset[str]:
+        """Names of the segments on disk now."""
+        try:
+            with os.scandir(self._directory) as listing:
+                return frozenset(e.name for e in listing if e.name.endswith(segment.SUFFIX) and e.is_file())
+        except FileNotFoundError:
+            return frozenset()
+
+    def _stamps(self) -> dict[str, str]:
+        """Size and time of change of the segments on disk now."""
+        stamps = {}
+        for name in self._listed():
+            with contextlib.suppress(FileNotFoundError):
+                status = (self._directory / name).stat()
+                stamps[name] = f"{status.st_size} {status.st_mtime_ns}"
+        return stamps
+
+    def _current(self) -> _View:
+        """The index over all that is on disk now. Cheap if that is what it was."""
+        names = self._listed()
+        view = self._view
+        if view is not None and view.names == names:
+            return view
+        # Whoever waited in vain does the same work for itself.
+        ours = self._refreshing.acquire(timeout=_PATIENCE_S)
+        try:
+            return self._refreshed()
+        finally:
+            if ours:
+                self._refreshing.release()
+
+    def _refreshed(self) -> _View:
+        for _ in range(_TRIES):
+            names = self._listed()
+            view = self._view or self._loaded(names)
+            with contextlib.suppress(FileNotFoundError):  # merged since it was listed: list again
+                if view.names != names:
+                    view = self._saved(self._extended(view, names))
+                self._view = view
+                return view
+        raise self._restless()
+
+    def _extended(self, view: _View, names: frozenset[str]) -> _View:
+        new = sorted(names - view.names)
+        numbered = self._numbered(new)
+        ranks = self._ranks(names)
+        index, unsaved = view.index, view.unsaved
+        if new:
+            entries = segment.entries(self._directory, numbered)
+            index, unsaved = index.extended(entries, ranks), unsaved + entries.height
+        if not view.names <= names:
+            index = index.merged()
+            if index.runs and (ranks.gather(index.runs[0]["segment"].unique()) == _GONE).any():
+                # Taken away rather than merged: what those rows had hidden counts again.
+                return self._extended(_View(), names)
+        return _View(names, index, unsaved)
+
+    def _numbered(self, names: Sequence[str]) -> dict[int, str]:
+        with self._naming:
+            numbers = {name: number for number, name in enumerate(self._names)}
+            for name in names:
+                if name not in numbers:
+                    numbers[name] = len(self._names)
+                    self._names.append(name)
+        return {numbers[name]: name for name in names}
+
+    def _ranks(self, names: frozenset[str]) -> pl.Series:
+        """By number, the place in the written order; those that are gone come last."""
+        written = {name: rank for rank, name in enumerate(sorted(names))}
+        return pl.Series([written.get(name, _GONE) for name in list(self._names)], dtype=pl.UInt32)
+
+    def _loaded(self, names: frozenset[str]) -> _View:
+        loaded = key_index.load(self._directory / _INDEX)
+        if loaded is None:
+            return _View()
+        index, covered = loaded
+        now = self._stamps()
+        # A segment is never changed; if one was, nothing that was noted about it is believed.
+        if any(now.get(name, stamp) != stamp for name, stamp in covered):
+            return _View()
+        with self._naming:
+            if self._names:
+                return _View()
+            self._names = [name for name, _ in covered]
+        return _View(frozenset(self._names), index)
+
+    def _saved(self, view: _View) -> _View:
+        if view.unsaved < max(_UNSAVED_ROWS, _UNSAVED_SHARE * view.index.height):
+            return view
+        index = view.index.merged()
+        stamps = self._stamps()
+        covered = [(name, stamps.get(name, "")) for name in list(self._names)]
+        # A directory that is full or cannot be written has no index: that costs time only.
+        with contextlib.suppress(CacheError, OSError):
+            key_index.save(self._directory / _INDEX, index, covered)
+        return _View(view.names, index)
+
+    # --- merging ---------------------------------------------------------------------------------------
+
+    def _due(self) -> list[str]:
+        sizes = {name: int(stamp.split()[0]) for name, stamp in self._stamps().items()}
+        return segment.due(sizes, self._left_alone)
+
+    def _merge(self, names: Sequence[str]) -> None:
+        def still_neighbours() -> bool:
+            between = [name for name in self._listed() if names[0] <= name <= names[-1]]
+            return sorted(between) == list(names)
+
+        try:
+            segment.merge(self._directory, names, still_neighbours)
+        except (segment.Moved, FileNotFoundError):
+            return
+        except CacheCorrupt:
+            # Reading it says so, to those who need it. Here it is only no longer touched.
+            self._left_alone.update(names)
+            return
+        self._remove(names)
+
+    def _untidied(self) -> list[str]:
+        """Merged segments that nobody looked into since this object was made."""
+        return [name for name in self._listed() if segment.is_merged(name) and name not in self._tidied]
+
+    def _finish_merges(self) -> None:
+        """Remove what a process left that died after it had written the merged segment."""
+        for name in self._untidied():
+            with contextlib.suppress(FileNotFoundError, CacheCorrupt):
+                self._remove(segment.replaced(self._directory / name))
+            self._tidied.add(name)
+
+    def _remove(self, names: Sequence[str]) -> None:
+        present = self._listed()
+        sync_directory(self._directory)  # the merged segment first
+        for name in names:
+            # Windows does not remove what somebody reads; the next one to tidy up does.
+            with contextlib.suppress(PermissionError):
+                if name in present:
+                    (self._directory / name).unlink(missing_ok=True)
+
+
+def _check(answers: pl.DataFrame) -> None:
+    if answers.schema != pl.Schema(ANSWER_SCHEMA):
+        wrong = set(answers.schema.items()) ^ set(ANSWER_SCHEMA.items())
+        raise ValueError(f"answers do not have ANSWER_SCHEMA: {sorted(map(str, wrong)) or 'other order'}")
+    sound = (pl.col("key").bin.size() == 32) & (pl.col("state") <= RETRY) & (pl.col("attempt") >= 1)
+    if not answers.select(sound.fill_null(False).all()).item():
+        raise ValueError("every answer has a key of 32 bytes, a state and an attempt, 1 or more")
+
+
+def _by_span(hits: pl.DataFrame) -> Iterator[pl.DataFrame]:
+    """Sorted by place: one part for each span of a segment."""
+    start = 0
+    for length in (hits["place"] // segment.SPAN).rle().struct.field("len"):
+        yield hits.slice(start, length)
+        start += length
+
+
+def _in_order(answers: pl.DataFrame, positions: pl.Series, height: int) -> pl.DataFrame:
+    """Each answer at its position, nulls elsewhere."""
+    if positions.len() == height and positions.is_sorted():
+        return answers
+    source = positions.to_frame().with_row_index("source").sort("position")
+    if positions.len() < height:
+        everywhere = pl.int_range(height, eager=True).cast(positions.dtype).alias("position").to_frame()
+        source = everywhere.join(source, on="position", how="left", maintain_order="left")
+    # From one chunk, Polars gathers text without copying it.
+    return answers.rechunk().select(pl.all().gather(source["source"]))

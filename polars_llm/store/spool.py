@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
+import re
 import threading
-from collections.abc import Callable, Collection, Iterable, Sequence
+import time
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from io import BytesIO
 from pathlib import Path
 from typing import BinaryIO
 
@@ -15,23 +19,57 @@ from polars_llm.store.directory import os_errors, write_atomic
 __all__ = ["Spool"]
 
 _KEYS: dict[str, pl.DataType] = {"key": pl.Binary(), "attempt": pl.UInt16()}
+_KEY_BYTES = 32
+# Polars aborts the process on some damaged Arrow files, so nothing unproven is handed to it.
+_MAGIC = b"polars_llm keys 1 "
+_HEAD_BYTES = len(_MAGIC) + 32 + 1
+_IDLE = 3600.0
 
 
 class Spool:
-    """Files named after their job."""
+    """Files named after their job, all in one directory.
+
+    Parameters
+    ----------
+    directory
+        Where they lie; it is made when the first is written.
+    """
 
     def __init__(self, directory: Path) -> None:
-        self._directory = directory
+        self._directory = Path(directory)
         self._prefixes: dict[str, pl.DataFrame] = {}
         self._lock = threading.Lock()
 
     def write_keys(self, job_id: str, keys: pl.DataFrame) -> None:
-        """Store what the job was made of: ``key`` (32 bytes) and ``attempt``, in the order of its lines."""
-        frame = keys.select(pl.col(n).cast(t) for n, t in _KEYS.items())
-        self._write(self._path(job_id, "keys.arrow"), frame.write_ipc)
+        """Store what the job is made of; durable on return, and never changed afterwards.
+
+        Parameters
+        ----------
+        job_id
+            The job.
+        keys
+            Columns ``key`` (32 bytes each) and ``attempt``, in the order of the request file's lines.
+        """
+        frame = keys.select(pl.col(name).cast(dtype) for name, dtype in _KEYS.items())
+        if not _are_keys(frame):
+            raise ValueError(f"{job_id}: every key has {_KEY_BYTES} bytes and an attempt")
+        arrow = BytesIO()
+        frame.write_ipc(arrow)
+        content = arrow.getbuffer()
+
+        def write(file: BinaryIO) -> None:
+            file.write(_head(content))
+            file.write(content)
+
+        self._write(self._path(job_id, "keys.arrow"), write)
+        with self._lock:
+            self._prefixes.pop(job_id, None)
 
     def keys(self, job_ids: Sequence[str]) -> pl.DataFrame:
-        """``key``, ``attempt``, ``job_id`` of these jobs.
+        """``key``, ``attempt``, ``job_id`` of these jobs, job by job in the order of their lines.
+
+        A job that closes at the same moment takes its file along: read the open jobs and their keys
+        within one ledger transaction, or look again before believing that a file is lost.
 
         Raises
         ------
@@ -43,16 +81,15 @@ class Spool:
         return pl.concat(frames) if frames else pl.DataFrame(schema={**_KEYS, "job_id": pl.String})
 
     def key_prefixes(self, job_ids: Sequence[str]) -> pl.DataFrame:
-        """``key`` as UInt128 (its first 16 bytes) and ``job_id``; kept in memory, for files never change."""
+        """``key`` (its first 16 bytes as UInt128, big-endian) and ``job_id``.
+
+        Kept in memory, for the files never change. Raises as `keys` does.
+        """
         with self._lock:
-            for job_id in set(self._prefixes) - set(job_ids):
-                del self._prefixes[job_id]
+            self._forget_removed(job_ids)
             for job_id in job_ids:
                 if job_id not in self._prefixes:
-                    self._prefixes[job_id] = self.keys([job_id]).select(
-                        pl.col("key").bin.slice(0, 16).bin.reinterpret(dtype=pl.UInt128, endianness="big"),
-                        "job_id",
-                    )
+                    self._prefixes[job_id] = _prefixes(self.keys([job_id]))
             frames = [self._prefixes[job_id] for job_id in job_ids]
         return pl.concat(frames) if frames else pl.DataFrame(schema={"key": pl.UInt128, "job_id": pl.String})
 
@@ -61,31 +98,61 @@ class Spool:
         return self._path(job_id, "requests.jsonl")
 
     def download_path(self, job_id: str, name: str) -> Path:
-        """Where a download goes."""
+        """Where a download of that name goes; `remove` takes it along."""
         return self._path(job_id, name)
 
-    def write_requests(self, job_id: str, chunks: Iterable[bytes]) -> None:
-        """Stream the request file to disk."""
+    def write_requests(self, job_id: str, chunks: Iterable[bytes]) -> int:
+        """Stream the request file to disk, durable on return; gives its size in bytes."""
+        size = 0
 
         def write(file: BinaryIO) -> None:
+            nonlocal size
             for chunk in chunks:
-                file.write(chunk)
+                size += file.write(chunk)
 
         self._write(self.requests_path(job_id), write)
+        return size
 
     def remove(self, job_id: str) -> None:
-        """Remove all files of a job; missing ones are fine."""
-        for path in self._directory.glob(f"{job_id}.*"):
-            path.unlink(missing_ok=True)
+        """Remove all files of a job, half-written ones included; missing ones are fine."""
+        with self._lock:
+            self._prefixes.pop(job_id, None)
+        with os_errors(self._directory):
+            for path, owner in self._files():
+                if owner == job_id:
+                    path.unlink(missing_ok=True)
 
-    def leftovers(self, open_jobs: Collection[str]) -> list[str]:
-        """Jobs that have files but are not open: something stopped between closing and removing."""
-        if not self._directory.exists():
-            return []
-        names = {path.name.split(".")[0] for path in self._directory.glob("job_*.*")}
-        return sorted(names - set(open_jobs))
+    def leftovers(self, open_jobs: Collection[str], *, idle: float = _IDLE) -> list[str]:
+        """Jobs that have files but are not open: a process died between the files and the ledger.
+
+        Parameters
+        ----------
+        open_jobs
+            Ids of all open jobs.
+        idle
+            Files younger than this many seconds count as being worked on: a claim writes its files
+            before it has a record in the ledger.
+        """
+        before = time.time() - idle
+        newest: dict[str, float] = {}
+        for path, owner in self._files():
+            try:
+                changed = path.stat().st_mtime
+            except FileNotFoundError:
+                continue
+            newest[owner] = max(changed, newest.get(owner, changed))
+        return sorted(owner for owner in newest.keys() - set(open_jobs) if newest[owner] <= before)
+
+    def _files(self) -> Iterator[tuple[Path, str]]:
+        """All files, each with the id of its job; those that `write_atomic` has begun start with a dot."""
+        if self._directory.is_dir():
+            for path in list(self._directory.iterdir()):
+                yield path, path.name.removeprefix(".").partition(".")[0]
 
     def _path(self, job_id: str, name: str) -> Path:
+        # Ids may come from a provider's list, that is from outside.
+        if not re.fullmatch(r"[A-Za-z0-9_-]{1,150}", job_id) or not re.fullmatch(r"[\w.-]{1,60}", name):
+            raise ValueError(f"not a job and a file of it: {job_id!r}, {name!r}")
         return self._directory / f"{job_id}.{name}"
 
     def _write(self, path: Path, write: Callable[[BinaryIO], None]) -> None:
@@ -96,15 +163,42 @@ class Spool:
     def _read(self, job_id: str) -> pl.DataFrame:
         path = self._path(job_id, "keys.arrow")
         try:
-            # From bytes: Polars may map a file into memory, and this one will be removed.
-            frame = pl.read_ipc(path.read_bytes())
-            if frame.schema != pl.Schema(_KEYS):
-                raise ValueError(f"it has the columns {frame.columns}")
+            return _parse(path.read_bytes())
         except (OSError, ValueError, pl.exceptions.PolarsError) as error:
             raise CacheCorrupt(
-                f"The keys of the open job {job_id} cannot be read: {error}",
+                f"The keys of the open job {job_id} cannot be read: {error}.",
                 path=str(path),
-                hint=f"pllm.abandon({job_id!r}) gives the job up, then pllm.recover(...) reads its answers"
-                " back from the provider. Until then nothing is sent that may be among its requests.",
+                hint=f"pllm.abandon({job_id!r}) gives the job up; pllm.recover(...) reads back from the"
+                " provider what it has paid for. Until then nothing is sent that may be among its requests.",
             ) from error
-        return frame
+
+    def _forget_removed(self, wanted: Sequence[str]) -> None:
+        for job_id in self._prefixes.keys() - set(wanted):
+            if not self._path(job_id, "keys.arrow").exists():
+                del self._prefixes[job_id]
+
+
+def _head(content: bytes | memoryview) -> bytes:
+    return _MAGIC + hashlib.blake2b(content, digest_size=16).hexdigest().encode() + b"\n"
+
+
+def _parse(data: bytes) -> pl.DataFrame:
+    content = memoryview(data)[_HEAD_BYTES:]
+    if not data.startswith(_MAGIC):
+        raise ValueError("it is not a keys file")
+    if data[:_HEAD_BYTES] != _head(content):
+        raise ValueError("it is truncated or damaged")
+    frame = pl.read_ipc(BytesIO(content))
+    if frame.schema != pl.Schema(_KEYS) or not _are_keys(frame):
+        raise ValueError("it holds something else than keys")
+    return frame
+
+
+def _are_keys(frame: pl.DataFrame) -> bool:
+    whole = frame["key"].bin.size() == _KEY_BYTES
+    return frame["attempt"].null_count() == 0 and whole.fill_null(False).all()
+
+
+def _prefixes(keys: pl.DataFrame) -> pl.DataFrame:
+    first = pl.col("key").bin.slice(0, 16).bin.reinterpret(dtype=pl.UInt128, endianness="big")
+    return keys.select(first, "job_id")

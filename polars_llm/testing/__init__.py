@@ -33,6 +33,11 @@ seconds, `stepwise=True` one retrieval per state, `auto=False` as long as it tak
 **Money.** Tokens are counted as UTF-8 bytes / 4, rounded up. 1 USD per million input tokens, 4 USD
 per million output tokens, half of that in batches. Only requests answered with success are billed.
 
+**What happened**: `p.bill()`, `p.batches()`, `p.requests(batch_id)` (what was asked in a batch),
+`p.files()`, `p.log()` (method, path, status; the status is None where no reply was sent),
+`p.exchanges()` (with headers and bodies). `p.reset()` forgets all of it. Another process reaches
+the same provider with `Provider.attach(url)`.
+
 **Faults**: `p.fault(kind, operation=..., times=1, after=0, **options)`. ``times=None`` is for ever.
 
 =======================  ======================================================================
@@ -63,6 +68,9 @@ responses.input_tokens, embeddings.create, messages.create, messages.count_token
 messages.batches.create, messages.batches.list, messages.batches.retrieve, messages.batches.cancel,
 messages.batches.delete, messages.batches.results, models.list. ``"*batches.create"`` is both
 protocols, ``"files.content|*results"`` is either.
+
+`p.fault` gives an id: for a hold, `p.held(id, seconds=5)` waits until a request is held, and
+`p.release(id)` lets it go. `p.clear_faults()` forgets all.
 
 Any API key is accepted, but for those that contain ``invalid``.
 """

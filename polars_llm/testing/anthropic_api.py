@@ -151,8 +151,7 @@ def _retrieve_batch(x: Exchange) -> Response:
 
 
 def _list_batches(x: Exchange) -> Response:
-    if not x.world.settings.stepwise:
-        x.world.batches.settle(x.world)
+    x.world.batches.settle(x.world)
     limit, query = limit_of(x, default=20, most=1_000), x.request.query
     batches = x.world.batches.visible("anthropic", x.scope)
     ids = [batch.id for batch in batches]

@@ -298,7 +298,7 @@ class BatchShelf:
 
     def settle(self, world: World) -> None:
         """Bring all up to date, but wait for none that somebody else is working on."""
-        if not world.settings.auto:
+        if not world.settings.auto or world.settings.stepwise:
             return
         for batch in self.listing():
             if not batch.ended and batch.lock.acquire(blocking=False):

@@ -114,6 +114,7 @@ _COMMANDS: dict[str, Callable[..., Any]] = {
     "log": lambda world: world.journal.lines(),
     "exchanges": lambda world: world.journal.details(),
     "clear_log": lambda world: world.journal.clear(),
+    "reset": lambda world: world.reset(),
     "advance": _advance,
     "finish": _finish,
     "fault": _fault,

@@ -107,6 +107,7 @@ def provider(
     ``length``, ``content_filter``, ``refusal``, ``tool_calls``), ``refusal``, ``tool_calls``,
     ``usage`` (``input_tokens``, ``output_tokens``, ``cached_input_tokens``, ``reasoning_tokens``)
     and ``error`` (a status, or a dict with ``status``, ``message``, ``type``, ``code``).
+    It must not use the handle: a bill may have to wait for an answer of the callable itself.
     A callable that raises fails its request with status 500; the first such exception is raised
     again at the end of the ``with`` block.
 
@@ -330,6 +331,13 @@ class Provider:
     def clear_log(self) -> None:
         """Forget the log and the exchanges; the bill stays."""
         self._call("clear_log")
+
+    def reset(self) -> None:
+        """Forget the bill, batches, files, faults and the log: as if it had just been started.
+
+        Cheaper than another provider, for a suite that keeps one for all of its tests.
+        """
+        self._call("reset")
 
     # ---- what is to happen
 

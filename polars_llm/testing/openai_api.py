@@ -252,8 +252,7 @@ def _retrieve_batch(x: Exchange) -> Response:
 
 
 def _list_batches(x: Exchange) -> Response:
-    if not x.world.settings.stepwise:
-        x.world.batches.settle(x.world)
+    x.world.batches.settle(x.world)
     batches = x.world.batches.visible("openai", x.scope)
     return _page(x, [shown(b) for b in batches], default=20, most=100)
 

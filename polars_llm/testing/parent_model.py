@@ -56,6 +56,8 @@ class ParentModel:
         with self._lock:
             self._workers += 1
         try:
+            # Said only now: whoever has heard it can count on being asked.
+            sink.write(b"ready\n")
             while self._hand_over(self._parcels.get(), source, sink):
                 pass
         finally:

@@ -73,6 +73,13 @@ class FileShelf:
         if not keep_bytes:
             file.piece.path.unlink(missing_ok=True)
 
+    def clear(self) -> None:
+        """Forget all, and remove all bytes."""
+        with self._lock:
+            self._files.clear()
+            for path in self._directory.glob("spool-*"):
+                path.unlink(missing_ok=True)
+
     def listing(self) -> list[StoredFile]:
         with self._lock:
             return list(self._files.values())

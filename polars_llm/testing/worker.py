@@ -27,7 +27,7 @@ class Worker:
         self._socket = socket.create_connection((parts.hostname or "", parts.port or 0))
         self._lines = self._socket.makefile("rb")
         self._socket.sendall(b"POST /_emulator/model HTTP/1.1\r\ncontent-length: 0\r\n\r\n")
-        while self._lines.readline() not in (b"\r\n", b""):
+        while self._lines.readline() not in (b"ready\n", b""):
             pass
         self._thread = threading.Thread(target=self._work, name="model", daemon=True)
         self._thread.start()

@@ -80,17 +80,23 @@ class World:
     def __init__(self, settings: Settings, model: Model) -> None:
         self.settings = settings
         self.model = model
-        self.account = Account()
-        self.faults = FaultDesk()
-        self.files = FileShelf(Path(settings.directory))
-        self.batches = BatchShelf()
-        self.journal = Journal()
-        self.rates = RateLimits(settings.rpm, settings.tpm)
         self.url = ""
         self.started = time.time()
+        self.files = FileShelf(Path(settings.directory))
+        self.faults = FaultDesk()
+        self._lock = threading.Lock()
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget everything that happened; what is held goes on, and is not counted any more."""
+        self.files.clear()
+        self.faults.clear()
+        self.account = Account()
+        self.batches = BatchShelf()
+        self.journal = Journal()
+        self.rates = RateLimits(self.settings.rpm, self.settings.tpm)
         self._attempts: Counter[str] = Counter()
         self._prefixes: set[str] = set()
-        self._lock = threading.Lock()
 
     def attempt(self, digest: str) -> int:
         """How often this body was asked before."""

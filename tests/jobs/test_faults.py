@@ -1,4 +1,4 @@
-"""The job's life under faults, on OpenAI's protocol: bill / need is one, answers on their rows.
+"""The job's life under faults, on both protocols: bill / need is one, answers on their rows.
 
 Assumption: the provider's list of batches lags at most as long as the quiet period.
 """
@@ -22,6 +22,7 @@ import pytest
 
 import polars_llm as pllm
 from polars_llm import testing
+from polars_llm.backends.anthropic import AnthropicBatch
 from polars_llm.backends.base import Limits
 from polars_llm.backends.openai import OpenAIBatch
 from tests.conftest import MODEL
@@ -30,9 +31,19 @@ PROMPTS = [f"Statement number {n} is about thing {n}." for n in range(8)]
 FRAME = pl.DataFrame({"id": range(8), "prompt": PROMPTS})
 
 
+MODELS = [MODEL, "anthropic/claude-haiku-5-5"]
+
+
 @pytest.fixture(autouse=True)
 def short_create_timeout(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(OpenAIBatch, "create_timeout", 0.5)
+    monkeypatch.setattr(AnthropicBatch, "create_timeout", 0.5)
+
+
+@pytest.fixture(params=MODELS, ids=["openai", "anthropic"])
+def model(request: pytest.FixtureRequest) -> str:
+    """Tests that ask for it run on both protocols."""
+    return str(request.param)
 
 
 def collected(**options: Any) -> pl.DataFrame:
@@ -48,55 +59,59 @@ def check(provider: testing.Provider, out: pl.DataFrame) -> None:
 
 
 @pytest.mark.parametrize("fault", ["create-then-500", "create-then-drop", "create-then-garbage"])
-def test_a_reply_lost_after_create_is_one_batch(provider: testing.Provider, fault: str) -> None:
+def test_a_reply_lost_after_create_is_one_batch(model: str, provider: testing.Provider, fault: str) -> None:
     provider.fault(fault)
-    check(provider, collected())
+    check(provider, collected(model=model))
     assert provider.bill().batches == 1
 
 
 @pytest.mark.parametrize("fault", ["create-then-500", "create-then-drop"])
-def test_a_lost_reply_is_settled_although_the_list_lags(provider: testing.Provider, fault: str) -> None:
+def test_a_lost_reply_is_settled_although_the_list_lags(
+    model: str, provider: testing.Provider, fault: str
+) -> None:
     provider.fault("list-lag", seconds=0.4)
     provider.fault(fault)
-    check(provider, collected())
+    check(provider, collected(model=model))
     assert provider.bill().batches == 1
 
 
-def test_a_create_that_never_was_is_sent_again_after_the_quiet_period(provider: testing.Provider) -> None:
-    provider.fault("drop", operation="batches.create")
+def test_a_create_that_never_was_is_sent_again_after_the_quiet_period(
+    model: str, provider: testing.Provider
+) -> None:
+    provider.fault("drop", operation="*batches.create")
     started = time.monotonic()
-    check(provider, collected())
+    check(provider, collected(model=model))
     assert time.monotonic() - started > 0.7  # create timeout and quiet period
     released = pllm.jobs().filter(state="released")
     assert released["reason"].to_list() == ["the provider never had this batch"]
 
 
-def test_an_undecided_job_stays_pending_and_says_why(provider: testing.Provider) -> None:
-    provider.fault("drop", operation="batches.create")
+def test_an_undecided_job_stays_pending_and_says_why(model: str, provider: testing.Provider) -> None:
+    provider.fault("drop", operation="*batches.create")
     with pytest.raises(pllm.JobsPending, match="unknown"):
-        collected(on_pending="raise")
+        collected(model=model, on_pending="raise")
     with pytest.raises(pllm.JobsPending):
-        collected(on_pending="raise")
+        collected(model=model, on_pending="raise")
     assert provider.bill().accepted == 0
 
 
-def test_a_server_error_without_a_batch_is_not_paid_twice(provider: testing.Provider) -> None:
-    provider.fault("status", operation="batches.create", status=503)
-    check(provider, collected())
+def test_a_server_error_without_a_batch_is_not_paid_twice(model: str, provider: testing.Provider) -> None:
+    provider.fault("status", operation="*batches.create", status=503)
+    check(provider, collected(model=model))
 
 
 @pytest.mark.parametrize("retry_after", [None, 0])
 def test_a_full_queue_on_create_is_tried_again_later(provider: testing.Provider, retry_after: Any) -> None:
-    provider.fault("status", operation="batches.create", status=429, retry_after=retry_after, times=2)
+    provider.fault("status", operation="*batches.create", status=429, retry_after=retry_after, times=2)
     check(provider, collected())
     assert provider.bill().files == 1
 
 
-def test_a_refused_create_frees_the_keys(provider: testing.Provider) -> None:
-    provider.fault("status", operation="batches.create", status=400)
+def test_a_refused_create_frees_the_keys(model: str, provider: testing.Provider) -> None:
+    provider.fault("status", operation="*batches.create", status=400)
     with pytest.raises(pllm.ProviderError, match="400"):
-        collected()
-    check(provider, collected())
+        collected(model=model)
+    check(provider, collected(model=model))
 
 
 @pytest.mark.parametrize(
@@ -110,34 +125,43 @@ def test_storms_pass(provider: testing.Provider, operation: str, fault: dict[str
     check(provider, collected())
 
 
+@pytest.mark.parametrize("operation", ["*batches.retrieve", "*batches.results", "*batches.list"])
+@pytest.mark.parametrize("fault", ["status", "drop"])
+def test_storms_pass_on_anthropic(provider: testing.Provider, operation: str, fault: str) -> None:
+    provider.fault("create-then-500")
+    options = {"status": 529, "retry_after": 0} if fault == "status" else {}
+    provider.fault(fault, operation=operation, times=2, **options)
+    check(provider, collected(model=MODELS[1]))
+
+
 @pytest.mark.parametrize("operation", ["files.create", "files.content", "batches.retrieve"])
 def test_dropped_connections_pass(provider: testing.Provider, operation: str) -> None:
     provider.fault("drop", operation=operation, times=2)
     check(provider, collected())
 
 
-def test_a_long_retry_after_is_not_obeyed_for_hours(provider: testing.Provider) -> None:
+def test_a_long_retry_after_is_not_obeyed_for_hours(model: str, provider: testing.Provider) -> None:
     provider.fault("status", operation="batches.retrieve", status=429, retry_after=86_400, times=1)
     started = time.monotonic()
-    check(provider, collected())
+    check(provider, collected(model=model))
     assert time.monotonic() - started < 60
 
 
 @pytest.mark.parametrize("fault", ["expire", "cancel"])
 @pytest.mark.parametrize("fraction", [0.0, 0.5])
 def test_half_done_batches_keep_what_was_paid(
-    provider: testing.Provider, fault: str, fraction: float
+    model: str, provider: testing.Provider, fault: str, fraction: float
 ) -> None:
     provider.fault(fault, fraction=fraction)
-    check(provider, collected())
+    check(provider, collected(model=model))
     assert provider.bill().batches == 2
     assert provider.bill().accepted == 8 + round(8 * (1 - fraction))
 
 
-def test_batches_that_always_expire_end_as_failures(provider: testing.Provider) -> None:
+def test_batches_that_always_expire_end_as_failures(model: str, provider: testing.Provider) -> None:
     provider.fault("expire", fraction=0.0, times=None)
     with pytest.warns(pllm.LLMWarning, match="expired 8"):
-        out = collected()
+        out = collected(model=model)
     assert out["response"].null_count() == 8
     assert provider.bill().batches == 3
 
@@ -192,23 +216,25 @@ DIRT: list[tuple[str, dict[str, Any]]] = [
 
 
 @pytest.mark.parametrize(("fault", "options"), DIRT, ids=lambda value: str(value))
-def test_dirty_downloads(provider: testing.Provider, fault: str, options: dict[str, Any]) -> None:
+def test_dirty_downloads(model: str, provider: testing.Provider, fault: str, options: dict[str, Any]) -> None:
     provider.fault(fault, times=1, **options)
     if fault == "raw-separators":
-        out = collected()
+        out = collected(model=model)
         assert out["response"].null_count() == 0
         assert provider.bill().billed == len(PROMPTS)
         return
-    check(provider, collected())
+    check(provider, collected(model=model))
 
 
-def test_a_line_that_never_comes_is_a_visible_failure_and_not_paid_again(provider: testing.Provider) -> None:
+def test_a_line_that_never_comes_is_a_visible_failure_and_not_paid_again(
+    model: str, provider: testing.Provider
+) -> None:
     provider.fault("missing-lines", count=1, times=None)
     with pytest.warns(pllm.LLMWarning, match="missing_result 1"):
-        out = collected()
+        out = collected(model=model)
     assert out["response"].null_count() == 1
     with pytest.warns(pllm.LLMWarning):
-        collected()
+        collected(model=model)
     assert provider.bill().accepted == 8
 
 
@@ -222,29 +248,32 @@ def test_results_that_are_gone_are_a_failure_and_not_paid_again(provider: testin
     check(provider, collected())
 
 
-def test_an_unknown_batch_id_is_never_a_reason_to_send_again(provider: testing.Provider) -> None:
+def test_an_unknown_batch_id_is_never_a_reason_to_send_again(model: str, provider: testing.Provider) -> None:
     with pytest.raises(pllm.JobsPending):
-        collected(on_pending="raise")
+        collected(model=model, on_pending="raise")
     provider.fault("not-found", times=2)
     for _ in range(2):
         with pytest.raises(pllm.JobsPending, match="does not know"):
-            collected(on_pending="raise")
-    check(provider, collected())
+            collected(model=model, on_pending="raise")
+    check(provider, collected(model=model))
 
 
 @pytest.mark.parametrize("fault", ["sparse", "odd-status"])
-def test_odd_views_of_a_batch(provider: testing.Provider, fault: str) -> None:
+def test_odd_views_of_a_batch(model: str, provider: testing.Provider, fault: str) -> None:
     provider.fault(fault, times=2)
-    check(provider, collected())
+    check(provider, collected(model=model))
 
 
-def test_another_account_neither_sees_nor_repeats_the_job(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_another_account_neither_sees_nor_repeats_the_job(
+    model: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     with testing.provider(model=lambda request: request.prompt, scoped=True) as provider:
         with pytest.raises(pllm.JobsPending):
-            collected(on_pending="raise")
+            collected(model=model, on_pending="raise")
         monkeypatch.setenv("OPENAI_API_KEY", "sk-somebody-else")
+        monkeypatch.setenv("ANTHROPIC_API_KEY", "sk-ant-somebody-else")
         with pytest.raises(pllm.JobsPending, match="does not know"):
-            collected(on_pending="raise")
+            collected(model=model, on_pending="raise")
         assert provider.bill().accepted == 8
 
 
@@ -285,9 +314,9 @@ def test_many_processes_on_one_frame_make_one_job() -> None:
         check(provider, collected())
 
 
-def test_many_threads_on_one_frame_make_one_job(provider: testing.Provider) -> None:
+def test_many_threads_on_one_frame_make_one_job(model: str, provider: testing.Provider) -> None:
     with ThreadPoolExecutor(6) as pool:
-        for out in pool.map(lambda _: collected(), range(6)):
+        for out in pool.map(lambda _: collected(model=model), range(6)):
             check(provider, out)
     assert provider.bill().batches == 1
 
@@ -307,17 +336,17 @@ def test_interrupted_while_submitting(provider: testing.Provider, monkeypatch: p
     assert provider.bill().batches == 1
 
 
-def test_interrupted_while_waiting_names_the_jobs(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_interrupted_while_waiting_names_the_jobs(model: str, monkeypatch: pytest.MonkeyPatch) -> None:
     with testing.provider(model=lambda request: request.prompt, auto=False) as provider:
         timer = threading.Timer(1.0, os.kill, [os.getpid(), signal.SIGINT])
         timer.start()
         started = time.monotonic()
         with pytest.raises(KeyboardInterrupt) as stop:
-            collected()
+            collected(model=model)
         assert time.monotonic() - started < 3
         assert "job_" in stop.value.__notes__[0]
         provider.finish()
-        check(provider, collected())
+        check(provider, collected(model=model))
 
 
 def test_evaluations_under_random_faults_bill_once(provider: testing.Provider) -> None:

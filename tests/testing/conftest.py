@@ -14,10 +14,18 @@ import pytest
 from polars_llm.testing import Provider, provider
 
 
+@pytest.fixture(scope="session")
+def running() -> Iterator[Provider]:
+    with provider(set_env=False) as started:
+        yield started
+
+
 @pytest.fixture
-def p() -> Iterator[Provider]:
-    with provider() as running:
-        yield running
+def p(running: Provider, monkeypatch: pytest.MonkeyPatch) -> Provider:
+    running.reset()
+    for name, value in running.env.items():
+        monkeypatch.setenv(name, value)
+    return running
 
 
 @pytest.fixture

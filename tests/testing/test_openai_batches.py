@@ -299,10 +299,12 @@ def test_a_transient_failure_goes_away(p: Provider, oai: openai.OpenAI) -> None:
 
 
 def test_states_can_be_walked_step_by_step() -> None:
-    with provider(stepwise=True), openai.OpenAI(max_retries=0) as oai:
+    with provider(stepwise=True) as p, openai.OpenAI(max_retries=0) as oai:
         batch = submit(oai, chats(2))
+        assert p.bill().billed == 0
         states = [batch.status] + [oai.batches.retrieve(batch.id).status for _ in range(4)]
         assert states == ["validating", "in_progress", "finalizing", "completed", "completed"]
+        assert p.bill().billed == 2
 
 
 def test_states_follow_the_clock() -> None:
