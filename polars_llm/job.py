@@ -67,6 +67,10 @@ _TRANSITIONS: dict[State, frozenset[State]] = {
 }
 
 
+# A provider's error can be a whole page; a record is small.
+_LONGEST_REASON = 2_000
+
+
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Job:
     """One batch at one provider. Times are Unix seconds by this machine's clock.
@@ -81,6 +85,8 @@ class Job:
         Number of requests, and bytes of the request file.
     owner
         Name of the lock that its submitter holds; the lock dies with the process.
+    headers
+        Headers of its requests that change answers (API version, betas).
     marker
         The provider's newest batch before create, where that is needed to find an orphan (Anthropic).
     create_called
@@ -107,6 +113,7 @@ class Job:
     input_file_id: str | None = None
     batch_id: str | None = None
     marker: str | None = None
+    headers: dict[str, str] | None = None
     done: int = 0
     failed: int = 0
     attempts: int = 0
@@ -140,6 +147,8 @@ class Job:
         stays = state is self.state and state.is_open  # new facts, same place
         if state not in _TRANSITIONS[self.state] and not stays:
             raise ValueError(f"{self.id}: no transition {self.state} -> {state}")
+        if facts.get("reason"):
+            facts["reason"] = facts["reason"][:_LONGEST_REASON]
         return dataclasses.replace(self, state=state, updated_at=time.time(), **facts)
 
     def to_dict(self) -> dict[str, Any]:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar, TypeAlias
 
 from polars_llm.backends import messages
@@ -282,11 +283,19 @@ def for_job(job: Job, model: Model | None = None) -> BatchBackend:
     """The backend that can reach a job: the environment's own address if it is the job's."""
     if model is not None:
         return model.backend()
-    cls = type(of_provider(job.provider))
-    backend = cls(job.model or "any").backend()
-    if backend.base_url == job.base_url:
-        return backend
-    return cls(job.model or "any", base_url=job.base_url or cls._own).backend()
+    name = job.model or "any"
+    if job.provider == "anthropic":
+        return _reaching(job, functools.partial(Anthropic, name, **messages.versions(job.headers or {})))
+    return _reaching(job, functools.partial(OpenAI, name))
+
+
+def _reaching(job: Job, make: Callable[..., Model]) -> BatchBackend:
+    """The environment's own address (it may hold what a normalised one does not), if it is the job's."""
+    model = make()
+    backend = model.backend()
+    return (
+        backend if backend.base_url == job.base_url else make(base_url=job.base_url or model._own).backend()
+    )
 
 
 def _check_name(name: str) -> None:

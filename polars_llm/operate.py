@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import re
 import time
 from datetime import UTC, datetime
 
@@ -213,12 +215,19 @@ def watch(*, model: Model | None = None) -> pl.DataFrame:
             problems.append(error)
         finally:
             backend.close()
-    open_jobs = {job.id for job in store.ledger.jobs(open_only=True)}
-    for job_id in store.spool.leftovers(open_jobs):
-        store.spool.remove(job_id)
+    if store.directory.jobs.exists():
+        _clean(store)
     if problems:
         raise problems[0]
     return jobs(open_only=True)
+
+
+def _clean(store: Store) -> None:
+    """Remove working files of jobs that are closed: a crash between closing and removing."""
+    with store.ledger.transaction():  # nobody claims meanwhile
+        open_jobs = {job.id for job in store.ledger.jobs(open_only=True)}
+        for job_id in store.spool.leftovers(open_jobs):
+            store.spool.remove(job_id)
 
 
 def recover(provider: str | Model) -> pl.DataFrame:
@@ -267,7 +276,7 @@ def recover(provider: str | Model) -> pl.DataFrame:
 
 
 def _recover_one(batch: ListedBatch, backend: BatchBackend, store: Store) -> tuple[str, int]:
-    name = batch.job_id or f"recovered_{batch.batch_id}"
+    name = _name_of(batch)
     if batch.status.phase is Phase.RUNNING:
         return ("resumed", 0) if _resume(batch, backend, store) else ("running", 0)
     if batch.status.phase is not Phase.ENDED:
@@ -288,6 +297,13 @@ def _recover_one(batch: ListedBatch, backend: BatchBackend, store: Store) -> tup
     return "recovered", _keep_new(replies, name, batch, backend, store)
 
 
+def _name_of(batch: ListedBatch) -> str:
+    # What a list says may be anybody's: only a plain name becomes a file's.
+    name = batch.job_id or f"recovered_{batch.batch_id}"
+    plain = re.fullmatch(r"[A-Za-z0-9_-]{1,100}", name)
+    return name if plain else f"recovered_{hashlib.blake2b(name.encode(), digest_size=8).hexdigest()}"
+
+
 def _keep_new(
     replies: pl.DataFrame, name: str, batch: ListedBatch, backend: BatchBackend, store: Store
 ) -> int:
@@ -302,13 +318,13 @@ def _keep_new(
         job_id=pl.lit(name),
         received_at=pl.lit(datetime.now(UTC)),
     )
-    store.results.add(priced(complete(facts), batch.model or "", backend.base_url, backend))
+    store.results.add(complete(priced(facts, batch.model or "", backend.base_url, backend)))
     return new.height
 
 
 def _resume(batch: ListedBatch, backend: BatchBackend, store: Store) -> bool:
     """Make a running batch a job again, so that evaluating its frame waits for it and doesn't pay."""
-    name = batch.job_id or f"recovered_{batch.batch_id}"
+    name = _name_of(batch)
     target = store.spool.download_path(name, "sent.jsonl")
     try:
         sent = backend.sent_custom_ids(batch, target)
@@ -326,7 +342,7 @@ def _resume(batch: ListedBatch, backend: BatchBackend, store: Store) -> bool:
 def _as_job(batch: ListedBatch, backend: BatchBackend, state: State, requests: int) -> Job:
     now = time.time()
     return Job(
-        id=batch.job_id or f"recovered_{batch.batch_id}",
+        id=_name_of(batch),
         state=state,
         provider=backend.provider,
         base_url=backend.base_url,

@@ -59,7 +59,8 @@ _LIMITS = Limits(requests=100_000, size_bytes=256_000_000 - len(_OPEN) - len(_CL
 
 # Parts of `create_timeout`, seconds: to connect, for all of the body, for one piece of it, for the reply.
 _CONNECT, _SENDING, _PIECE_SENT, _REPLY = 15.0, 540.0, 30.0, 300.0
-_PIECE = 1 << 20
+# Small pieces going out, so that the time for all of them is looked at often.
+_PIECE, _CHUNK = 1 << 16, 1 << 20
 _PAGE = 100
 
 # Results are kept for 29 days after a batch was created: one without them is older than a younger job.
@@ -220,7 +221,7 @@ class AnthropicBatch:
 
         def write(reply: httpx2.Response) -> None:
             with target.open("wb") as file:
-                for chunk in reply.iter_bytes(_PIECE):
+                for chunk in reply.iter_bytes(_CHUNK):
                     file.write(chunk)
 
         self._with_results(job.batch_id, status, write)
@@ -361,10 +362,10 @@ class AnthropicBatch:
             yield
         except anthropic.APIStatusError as error:
             raise CallFailed(
-                redact(error.api_message or error.message, self._secrets()),
+                redact(_said(error) or error.message, self._secrets()),
                 provider=self.provider,
                 status=error.status_code,
-                kind=messages.error_kind(error.type, error.error_code, error.api_message),
+                kind=messages.error_kind(error.type, getattr(error, "error_code", None), _said(error)),
                 retry_after=retry_after(error.response.headers),
             ) from None
         except (anthropic.APIConnectionError, httpx2.RequestError, httpx2.StreamError) as error:
@@ -382,6 +383,14 @@ class AnthropicBatch:
     def _secrets(self) -> tuple[str | None, ...]:
         names = ("ANTHROPIC_API_KEY", "ANTHROPIC_AUTH_TOKEN")
         return (self._api_key, *(os.environ.get(name) for name in names))
+
+
+def _said(error: Any) -> str | None:
+    """The API's own sentence; older releases of the SDK keep it in the body only."""
+    if hasattr(error, "api_message"):
+        return cast("str | None", error.api_message)
+    inner = error.body.get("error") if isinstance(error.body, dict) else None
+    return inner.get("message") if isinstance(inner, dict) else None
 
 
 class _Body:

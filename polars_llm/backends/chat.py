@@ -137,6 +137,7 @@ class _Choice(msgspec.Struct):
 
 class _InputDetails(msgspec.Struct):
     cached_tokens: int | None = None
+    cache_write_tokens: int | None = None
 
 
 class _Usage(msgspec.Struct):
@@ -214,6 +215,7 @@ def _answered(chat: _Chat, choice: _Choice, raw: bytes) -> Reply:
         "finish_reason": reason,
         "input_tokens": usage.prompt_tokens,
         "cached_input_tokens": details.cached_tokens,
+        "cache_write_tokens": details.cache_write_tokens,
         "output_tokens": usage.completion_tokens,
         "model": chat.model,
         "body": raw,

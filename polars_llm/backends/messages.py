@@ -77,6 +77,15 @@ def headers(api_version: str, betas: Sequence[str] = ()) -> dict[str, str]:
     return {"anthropic-version": api_version, **beta}
 
 
+def versions(headers: Mapping[str, str]) -> dict[str, Any]:
+    """Inverse of `headers`: the arguments that made them."""
+    betas = headers.get("anthropic-beta", "")
+    return {
+        "api_version": headers.get("anthropic-version", API_VERSION),
+        "betas": tuple(betas.split(",")) if betas else (),
+    }
+
+
 def body(options: Options, *, api_version: str = API_VERSION) -> dict[str, Json]:
     """Fields of the request body beside model, messages and system.
 
@@ -344,6 +353,7 @@ def _answered(message: _Message, raw: bytes) -> Reply:
         "finish_reason": reason,
         "input_tokens": _input_tokens(usage),
         "cached_input_tokens": usage.cache_read_input_tokens,
+        "cache_write_tokens": usage.cache_creation_input_tokens,
         "output_tokens": usage.output_tokens,
         "model": message.model,
         "body": raw,

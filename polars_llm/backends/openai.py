@@ -122,9 +122,11 @@ class OpenAIBatch:
                 completion_window="24h",
                 metadata={"pllm_job": job.id},
             )
-        if not batch.id:
+        # A proxy's web page comes as text, with status 200.
+        batch_id = getattr(batch, "id", None)
+        if not batch_id:
             raise CallFailed("the reply to create has no id", provider=self.provider)
-        return batch.id
+        return str(batch_id)
 
     def find(self, job: Job, known: Collection[str], is_ours: IsOurs) -> Found:
         """Look through the account's batches, newest first, back to the upload of the file."""
@@ -165,7 +167,10 @@ class OpenAIBatch:
 
     def _retrieve(self, batch_id: str) -> Batch:
         with self._errors():
-            return self._client().batches.retrieve(batch_id)
+            batch = self._client().batches.retrieve(batch_id)
+        if not hasattr(batch, "status"):
+            raise CallFailed("the reply is not a batch", provider=self.provider)
+        return batch
 
     def download(self, job: Job, status: BatchStatus, target: Path) -> None:
         """Output and error file, one after the other, streamed to disk."""

@@ -25,6 +25,7 @@ REPLY_SCHEMA: Mapping[str, pl.DataType] = {
     "finish_reason": pl.String(),
     "input_tokens": pl.Int64(),
     "cached_input_tokens": pl.Int64(),
+    "cache_write_tokens": pl.Int64(),  # priced, not kept: the raw reply has it
     "output_tokens": pl.Int64(),
     "model": pl.String(),
     "body": pl.Binary(),

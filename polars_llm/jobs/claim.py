@@ -15,8 +15,9 @@ import polars as pl
 
 from polars_llm.answer import FAILED, complete
 from polars_llm.backends.base import BatchBackend
+from polars_llm.errors import CacheError
 from polars_llm.job import Job
-from polars_llm.jobs.lookup import Policy, prefixes, unanswered
+from polars_llm.jobs.lookup import Policy, in_flight, prefixes, unanswered
 from polars_llm.jobs.packing import Pack, pack
 from polars_llm.request import Requests
 from polars_llm.store import Store
@@ -43,6 +44,7 @@ def claim(
             taken = _taken(wanted, store, policy)
             if taken.is_empty():
                 for job in jobs:
+                    _check_files(job, store)
                     store.ledger.put(job)
                 return jobs
         # Somebody was quicker with some of them: leave those, and pack the rest again.
@@ -53,12 +55,21 @@ def claim(
     return []
 
 
+def _check_files(job: Job, store: Store) -> None:
+    # A job without its files would hold keys that nobody knows.
+    if not store.spool.requests_path(job.id).exists():
+        raise CacheError(
+            f"The working files of {job.id} disappeared while it was being planned.",
+            path=str(store.spool.requests_path(job.id)),
+            hint="run the same line again. Nothing was sent.",
+        )
+
+
 def _taken(wanted: Sequence[Requests], store: Store, policy: Policy) -> pl.Series:
     """Key prefixes of wanted requests that have an answer, or are in an open job, by now."""
     keys = pl.concat([prefixes(r.frame) for r in wanted])
     free = unanswered(store.results.find(keys), policy)
-    open_jobs = [job.id for job in store.ledger.jobs(open_only=True)]
-    claimed = store.spool.key_prefixes(open_jobs)["key"]
+    claimed = in_flight(store)[1]["key"]
     answered = keys.filter(~keys.is_in(free["key"].implode()))
     return pl.concat([answered, keys.filter(keys.is_in(claimed.implode()))]).unique()
 
@@ -84,6 +95,7 @@ def _draft(backend: BatchBackend, wanted: Sequence[Requests], store: Store, owne
             model=header.model,
             requests=len(batch.rows),
             size_bytes=batch.size_bytes,
+            headers=dict(header.headers) or None,
             owner=owner,
         )
         store.spool.write_keys(job.id, keys[batch.rows])

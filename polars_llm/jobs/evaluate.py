@@ -18,7 +18,7 @@ from polars_llm.errors import JobsPending
 from polars_llm.job import Job, State
 from polars_llm.jobs.claim import claim
 from polars_llm.jobs.ingest import ingest, refuse
-from polars_llm.jobs.lookup import Policy, prefixes, unanswered, with_attempts
+from polars_llm.jobs.lookup import Policy, in_flight, prefixes, unanswered, with_attempts
 from polars_llm.jobs.settle import settle
 from polars_llm.jobs.submit import create, put_off, release, submit
 from polars_llm.progress import Progress
@@ -101,6 +101,9 @@ def evaluate(needs: Sequence[Need], store: Store, policy: Policy) -> Pending:
             return pending
         # What fails from here on has failed in this evaluation: it isn't "retried" a second time.
         return _wait(needs, store, dataclasses.replace(policy, retry_failed=False), pending)
+    except KeyboardInterrupt as stop:
+        _note_jobs(stop, needs, store)
+        raise
     finally:
         for need in needs:
             need.backend.close()
@@ -116,24 +119,27 @@ def _wait(needs: Sequence[Need], store: Store, policy: Policy, pending: Pending)
         wait=tenacity.wait_exponential(multiplier=min(1.0, 0.9 * longest), max=0.9 * longest)
         + tenacity.wait_random(0, min(1.0, 0.1 * longest)),
     )
-    try:
-        with Progress(total, "LLM answers") as bar:
+    with Progress(total, "LLM answers") as bar:
 
-            def look() -> Pending:
-                still = _step(needs, store, policy)
-                done = sum(job.done + job.failed for job in still.jobs)
-                bar.update(min(total, total - len(still.keys) + done))
-                return still
+        def look() -> Pending:
+            still = _step(needs, store, policy)
+            done = sum(job.done + job.failed for job in still.jobs)
+            bar.update(min(total, total - len(still.keys) + done))
+            return still
 
-            time.sleep(min(0.05, policy.poll_interval))
-            return again(look)
-    except KeyboardInterrupt as stop:
-        names = ", ".join(job.id for job in pending.jobs)
+        time.sleep(min(0.05, policy.poll_interval))
+        return again(look)
+
+
+def _note_jobs(stop: KeyboardInterrupt, needs: Sequence[Need], store: Store) -> None:
+    """Say on the exception which jobs go on."""
+    keys = pl.concat([need.keys for need in needs])
+    names = ", ".join(job.id for job in _holding(keys, store)[0])
+    if names:
         stop.add_note(
-            f"polars_llm: stopped waiting; {names} go on at the provider. Run the same line again to"
-            " collect; nothing is paid twice."
+            f"polars_llm: stopped waiting, not the work: {names} go on at the provider. Run the same line"
+            " again to collect; nothing is paid twice."
         )
-        raise
 
 
 def _step(needs: Sequence[Need], store: Store, policy: Policy) -> Pending:
@@ -148,16 +154,15 @@ def _step(needs: Sequence[Need], store: Store, policy: Policy) -> Pending:
 
 def _round(need: Need, store: Store, policy: Policy) -> Pending:
     keys = need.keys
-    before = _jobs_with(keys, store)
+    before, _ = _holding(keys, store)
     for job in before:
         advance(job, need.backend, store, policy)
     if before:
         # A failure that came in just now was not there to be retried when this evaluation began.
         policy = dataclasses.replace(policy, retry_failed=False)
     sent = _send(need, store, policy)
-    open_now = _jobs_with(keys, store)
-    held = store.spool.key_prefixes([job.id for job in open_now])
-    return Pending(held.filter(pl.col("key").is_in(keys.implode())), open_now, sent)
+    open_now, held = _holding(keys, store)
+    return Pending(held, open_now, sent)
 
 
 def _send(need: Need, store: Store, policy: Policy) -> int:
@@ -173,7 +178,7 @@ def _send(need: Need, store: Store, policy: Policy) -> int:
 
 
 def _missing(need: Need, store: Store, policy: Policy) -> list[Requests]:
-    claimed = store.spool.key_prefixes([j.id for j in store.ledger.jobs(open_only=True)])["key"]
+    claimed = in_flight(store)[1]["key"]
     missing = []
     for requests in need.requests:
         found = store.results.find(prefixes(requests.frame))
@@ -184,12 +189,12 @@ def _missing(need: Need, store: Store, policy: Policy) -> list[Requests]:
     return missing
 
 
-def _jobs_with(keys: pl.Series, store: Store) -> list[Job]:
-    """Open jobs that hold any of these keys."""
-    jobs = store.ledger.jobs(open_only=True)
-    held = store.spool.key_prefixes([job.id for job in jobs])
-    names = set(held.filter(pl.col("key").is_in(keys.implode()))["job_id"].unique())
-    return [job for job in jobs if job.id in names]
+def _holding(keys: pl.Series, store: Store) -> tuple[list[Job], pl.DataFrame]:
+    """Open jobs that hold any of these keys, and which (``key``, ``job_id``)."""
+    jobs, held = in_flight(store)
+    held = held.filter(pl.col("key").is_in(keys.implode()))
+    names = set(held["job_id"].unique())
+    return [job for job in jobs if job.id in names], held
 
 
 def advance(job: Job, backend: BatchBackend, store: Store, policy: Policy) -> None:

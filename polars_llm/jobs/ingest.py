@@ -114,8 +114,11 @@ def reconcile(keys: pl.DataFrame, replies: pl.DataFrame, why: str) -> pl.DataFra
 
 def priced(answers: pl.DataFrame, model: str, base_url: str | None, backend: BatchBackend) -> pl.DataFrame:
     """Answers with what each cost; null where that is not known, and for failures: they are not billed."""
+    counts = ("input_tokens", "cached_input_tokens", "cache_write_tokens", "output_tokens")
+    if not set(counts) <= set(answers.columns):
+        return answers  # nothing was answered
     cost = cost_usd(
-        answers.select("input_tokens", pl.col("cached_input_tokens").fill_null(0), "output_tokens"),
+        answers.select("input_tokens", pl.col(counts[1:3]).fill_null(0), "output_tokens"),
         provider=backend.provider,
         model=model,
         mode="batch",
@@ -164,7 +167,7 @@ def _keep(answers: pl.DataFrame, job: Job, backend: BatchBackend, store: Store) 
         model=pl.coalesce("model", pl.lit(job.model)) if "model" in answers.columns else pl.lit(job.model),
         received_at=pl.lit(datetime.now(UTC)),
     )
-    store.results.add(priced(complete(facts), job.model, job.base_url, backend))
+    store.results.add(complete(priced(facts, job.model, job.base_url, backend)))
 
 
 def _close(

@@ -7,9 +7,12 @@ import dataclasses
 import polars as pl
 
 from polars_llm.answer import FAILED, RETRY
+from polars_llm.errors import CacheCorrupt
+from polars_llm.job import Job
 from polars_llm.request import Requests
+from polars_llm.store import Store
 
-__all__ = ["Policy", "prefixes", "unanswered", "with_attempts"]
+__all__ = ["Policy", "in_flight", "prefixes", "unanswered", "with_attempts"]
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -54,6 +57,18 @@ def unanswered(found: pl.DataFrame, policy: Policy) -> pl.DataFrame:
     if policy.retry_failed:
         again = again | (pl.col("state") >= FAILED)
     return found.filter(pl.col("key").is_not_null() & (pl.col("state").is_null() | again))
+
+
+def in_flight(store: Store) -> tuple[list[Job], pl.DataFrame]:
+    """The open jobs, and which key prefixes each of them holds (``key``, ``job_id``)."""
+    while True:
+        jobs = store.ledger.jobs(open_only=True)
+        try:
+            return jobs, store.spool.key_prefixes([job.id for job in jobs])
+        except CacheCorrupt:
+            # Somebody may have closed a job, and removed its files, since we read the list.
+            if {job.id for job in store.ledger.jobs(open_only=True)} >= {job.id for job in jobs}:
+                raise
 
 
 def with_attempts(requests: Requests, found: pl.DataFrame) -> Requests:

@@ -43,7 +43,9 @@ def create(job: Job, backend: BatchBackend, store: Store, policy: Policy, *, own
     except CallFailed as error:
         release(job, store, reason=str(error))
         raise error.public("reading the list of batches") from error
-    job = store.ledger.move(job, State.CREATING, owner=owner, marker=marker, create_called=clock.stamp())
+    job = store.ledger.move(
+        job, State.CREATING, owner=owner, marker=marker, create_called=clock.stamp(), reason=None
+    )
     if job.state is not State.CREATING or job.owner != owner:
         return job  # somebody else moved it first
     try:
@@ -55,7 +57,10 @@ def create(job: Job, backend: BatchBackend, store: Store, policy: Policy, *, own
 
 def _not_created(job: Job, backend: BatchBackend, store: Store, policy: Policy, error: CallFailed) -> Job:
     if error.verdict.uncertain:
-        job = store.ledger.move(job, State.UNKNOWN, owner=None, reason=str(error))
+        # The quiet period counts from now: until this moment the call may have been at work.
+        job = store.ledger.move(
+            job, State.UNKNOWN, owner=None, reason=str(error), create_called=clock.stamp()
+        )
         return settle(job, backend, store, policy)
     if error.verdict.transient:
         return put_off(job, store, policy, reason=str(error), wait=error.retry_after)

@@ -92,7 +92,7 @@ _UNSAVED_SHARE = 0.1
 # thread (hence a re-entrant lock), or in another, which the first one may be waiting for (hence an end).
 _PATIENCE_S = 2.0
 _TRIES = 20
-_SCAN_ROWS = 4 * segment.ROWS_PER_GROUP
+_SCAN_ROWS = 1 << 16
 _GONE = 2**32 - 1
 
 
@@ -124,7 +124,6 @@ class ParquetResults:
         self._names: list[str] = []
         self._naming = threading.Lock()
         self._left_alone: set[str] = set()
-        self._tidied: set[str] = set()
 
     def __reduce__(self) -> tuple[Any, ...]:
         return type(self), (self._directory,)
@@ -177,20 +176,25 @@ class ParquetResults:
                 rows = self.read(found, list(dict.fromkeys([*columns, *read_by_filter])))
                 yield (rows if predicate is None else rows.filter(predicate)).select(columns)
 
+        # Damage is said here: what is raised in a source comes out of Polars 1 as a ComputeError.
+        self._current()
         return register_io_source(source, schema=dict(ANSWER_SCHEMA))
 
     def compact(self) -> None:
         """See `ResultStore`."""
-        if not self._untidied() and not self._due():
+        if not segment.unfinished(self._listed()) and not self._due():
             return
-        # A disk that is full or read-only is said by `add`, when it matters; tidying can wait.
+        # A disk that is full or read-only is said by `add`, when it matters. Windows does not remove what
+        # somebody reads. Tidying can wait.
         with contextlib.suppress(OSError, CacheError), locks.try_hold(self._directory / _LOCK) as ours:
             if not ours:
                 return
             self._finish_merges()
             for _ in range(_TRIES):
-                if names := self._due():
-                    self._merge(names)
+                names = self._due()
+                if not names:
+                    return
+                self._merge(names)
 
     # --- reading ---------------------------------------------------------------------------------------
 
@@ -286,8 +290,9 @@ class ParquetResults:
             view = self._view or self._loaded(names)
             with contextlib.suppress(FileNotFoundError):  # merged since it was listed: list again
                 if view.names != names:
-                    view = self._saved(self._extended(view, names))
+                    view = self._extended(view, names)
                 self._view = view
+                self._view = view = self._saved(view)
                 return view
         raise self._restless()
 
@@ -321,7 +326,7 @@ class ParquetResults:
         return pl.Series([written.get(name, _GONE) for name in list(self._names)], dtype=pl.UInt32)
 
     def _loaded(self, names: frozenset[str]) -> _View:
-        loaded = key_index.load(self._directory / _INDEX)
+        loaded = None if self._names else key_index.load(self._directory / _INDEX)
         if loaded is None:
             return _View()
         index, covered = loaded
@@ -367,25 +372,17 @@ class ParquetResults:
             return
         self._remove(names)
 
-    def _untidied(self) -> list[str]:
-        """Merged segments that nobody looked into since this object was made."""
-        return [name for name in self._listed() if segment.is_merged(name) and name not in self._tidied]
-
     def _finish_merges(self) -> None:
         """Remove what a process left that died after it had written the merged segment."""
-        for name in self._untidied():
-            with contextlib.suppress(FileNotFoundError, CacheCorrupt):
+        for name in segment.unfinished(self._listed()):
+            with contextlib.suppress(FileNotFoundError):
                 self._remove(segment.replaced(self._directory / name))
-            self._tidied.add(name)
 
     def _remove(self, names: Sequence[str]) -> None:
-        present = self._listed()
-        sync_directory(self._directory)  # the merged segment first
-        for name in names:
-            # Windows does not remove what somebody reads; the next one to tidy up does.
-            with contextlib.suppress(PermissionError):
-                if name in present:
-                    (self._directory / name).unlink(missing_ok=True)
+        sync_directory(self._directory)  # the merged segment comes first
+        # The first one goes last: that it is there tells that a merge was not finished.
+        for name in reversed(names):
+            (self._directory / name).unlink(missing_ok=True)
 
 
 def _check(answers: pl.DataFrame) -> None:

@@ -9,6 +9,7 @@ has damaged, since Parquet's own are neither written nor read by Polars.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import io
 import json
 import re
@@ -24,35 +25,48 @@ from polars_llm.answer import ANSWER_SCHEMA, RETRY
 from polars_llm.errors import CacheCorrupt, CacheError
 from polars_llm.store.directory import write_atomic
 
-__all__ = ["SPAN", "SUFFIX", "Moved", "due", "entries", "is_merged", "merge", "replaced", "take", "write"]
+__all__ = ["SPAN", "SUFFIX", "Moved", "due", "entries", "merge", "replaced", "take", "unfinished", "write"]
 
 SUFFIX = ".parquet"
 
-ROWS_PER_GROUP = 16_384
-"""Whole row groups are decoded: 2 ms each. Larger ones read no faster, smaller ones cost metadata."""
+# Row groups are decoded whole, 1 ms for 5 MB. Larger ones read little faster, smaller ones cost metadata.
+_ROWS_IN_GROUP = 1 << 13
+_BYTES_IN_GROUP = 1 << 24
+_GROUPS_TOGETHER = 4
 
-SPAN = 32 * ROWS_PER_GROUP
-"""`take` is called for rows of one span, and holds at most that many decoded beside what it returns."""
+SPAN = 1 << 19
+"""`take` is called for rows of one span, that is with the same ``row // SPAN``."""
 
 _NAME = re.compile(r"(?P<order>\d{20})-[0-9a-f]{8}(?P<merge>-[0-9a-f]{8})?\.parquet")
 _PLACE = len("00000000000000000000-00000000")
-_REPLACES = "polars_llm.replaces"
-_LAYOUT: Mapping[str, Any] = {
-    "compression": "zstd",
-    "compression_level": 1,  # level 3 is 8 % smaller and takes 1.6 times as long to write
-    "row_group_size": ROWS_PER_GROUP,
-    "statistics": False,  # keys are random, and nothing else is looked for
-}
+_METADATA = "polars_llm"
 
 # Merging: a neighbour is taken in if it is not larger than what was gathered so far, so that each answer is
 # written again a logarithmic number of times only; very small ones always.
 _MANY = 8
 _SMALL = 1 << 14
-_LARGE = 1 << 28
+_LARGE = 1 << 26
 
 
-# What Polars raises for bytes that are no Parquet; on some it panics.
-_DAMAGE = (pl.exceptions.PolarsError, pl.exceptions.PanicException, ValueError)
+# What Polars raises for bytes that are no Parquet; on some it panics. The rest is for our own metadata.
+_DAMAGE = (pl.exceptions.PolarsError, pl.exceptions.PanicException, ValueError, TypeError)
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class _Metadata:
+    """What a segment says about itself: rows in a group, and the names that it replaces."""
+
+    group: int = _ROWS_IN_GROUP
+    replaces: list[str] = dataclasses.field(default_factory=list)
+
+    def layout(self) -> dict[str, Any]:
+        return {
+            "compression": "zstd",
+            "compression_level": 1,  # level 3 is 8 % smaller and takes 1.6 times as long to write
+            "row_group_size": self.group,
+            "statistics": False,  # keys are random, and nothing else is looked for
+            "metadata": {_METADATA: json.dumps(dataclasses.asdict(self))},
+        }
 
 
 class Moved(Exception):
@@ -72,7 +86,10 @@ def write(directory: Path, answers: pl.DataFrame, listed: Callable[[], Iterable[
         The names that are there; asked for at the last moment, for the new name comes after them.
     """
     file = io.BytesIO()
-    answers.write_parquet(file, **_LAYOUT)
+    # Embeddings and long answers have fewer rows in a group.
+    fitting = max(_BYTES_IN_GROUP * answers.height // max(int(answers.estimated_size()), 1), 1)
+    group = min(1 << (fitting.bit_length() - 1), _ROWS_IN_GROUP)
+    answers.write_parquet(file, **_Metadata(group).layout())
     # The greatest of all, also when a clock was set back.
     orders = [int(match["order"]) + 1 for match in map(_NAME.fullmatch, listed()) if match]
     _put(directory, f"{max([time.time_ns(), *orders]):020d}", file.getbuffer())
@@ -85,6 +102,11 @@ def _put(directory: Path, place: str, data: memoryview) -> None:
         file.write(data)
 
     write_atomic(directory / name, copy)
+
+
+def _metadata(path: Path) -> _Metadata:
+    said = json.loads(pl.read_parquet_metadata(path).get(_METADATA, "{}"))
+    return _Metadata(int(said.get("group", _ROWS_IN_GROUP)), list(said.get("replaces", [])))
 
 
 def key_prefix() -> pl.Expr:
@@ -150,40 +172,39 @@ def take(path: Path, rows: pl.Series, keys: pl.Series, columns: Sequence[str]) -
         The segment is damaged or foreign.
     """
     wanted = ["key", *(name for name in columns if name != "key")]
-    first, last = int(rows[0]), int(rows[-1])
-    if last - first + 1 == rows.len() and (rows == pl.int_range(first, last + 1, eager=True)).all():
-        found = _slice(path, wanted, first, rows.len())
-    else:
-        found = _gather(path, wanted, rows)
-    # A row that is not there came out as null or was cut off; so this covers a segment that is too short.
-    if found.height != rows.len() or not (found.select(key_prefix()).to_series() == keys).all(
-        ignore_nulls=False
-    ):
+    found = pl.concat([_pick(path, wanted, part) for part in _read_together(path, rows)])
+    if not (found.select(key_prefix()).to_series() == keys).all(ignore_nulls=False):
         raise Moved(str(path))
     return found.select(columns)
 
 
-def _slice(path: Path, columns: Sequence[str], offset: int, length: int) -> pl.DataFrame:
+def _read_together(path: Path, rows: pl.Series) -> Iterator[pl.Series]:
+    """All at once if they lie close together, else those of a few row groups after the other."""
+    if int(rows[-1]) - int(rows[0]) < 2 * rows.len():
+        yield rows
+        return
     with _reading(path):
-        return _scan(path, columns).slice(offset, length).collect(engine="streaming")
+        height = _GROUPS_TOGETHER * _metadata(path).group
+    start = 0
+    for length in (rows // height).rle().struct.field("len"):
+        yield rows.slice(start, length)
+        start += length
 
 
-def _gather(path: Path, columns: Sequence[str], rows: pl.Series) -> pl.DataFrame:
-    groups = (rows // ROWS_PER_GROUP).unique().sort()
-    first, last = int(groups[0]), int(groups[-1])
-    dense = groups.len() * 2 > last - first
-    if dense:
-        found = _slice(path, columns, first * ROWS_PER_GROUP, (last - first + 1) * ROWS_PER_GROUP)
-        places = rows - first * ROWS_PER_GROUP
-    else:
-        starts = [int(group) * ROWS_PER_GROUP for group in groups]
-        found = pl.concat([_slice(path, columns, start, ROWS_PER_GROUP) for start in starts])
-        places = groups.search_sorted(rows // ROWS_PER_GROUP) * ROWS_PER_GROUP + rows % ROWS_PER_GROUP
-    if int(places[-1]) >= found.height:
+def _pick(path: Path, columns: Sequence[str], rows: pl.Series) -> pl.DataFrame:
+    first, last = int(rows[0]), int(rows[-1])
+    with _reading(path):
+        found = _scan(path, columns).slice(first, last - first + 1).collect(engine="streaming")
+    if found.height <= last - first:
         raise Moved(str(path))
-    # Polars shares the text when it gathers from one chunk, and copies it when it gathers from many: the
-    # one saves time, the other does not keep all of the text for a few of the rows.
-    return (found.rechunk() if rows.len() * 2 > found.height else found).select(pl.all().gather(places))
+    places = (rows - first).rename("places")
+    if found.height == rows.len() and (places == pl.int_range(rows.len(), eager=True)).all():
+        return found
+    # Polars gathers from one chunk by sharing its text, and from several by copying. The one saves time, the
+    # other does not keep the text of a thousand rows for one of them.
+    dense = rows.len() * 2 > found.height
+    found = found.rechunk() if dense else pl.concat([found.head(1), found.tail(-1)], rechunk=False)
+    return found.select(pl.all().gather(places))
 
 
 def due(sizes: Mapping[str, int], fixed: Set[str] = frozenset()) -> list[str]:
@@ -238,8 +259,8 @@ def _encode_together(directory: Path, names: Sequence[str]) -> io.BytesIO:
     kept = ["key", "state", "attempt"]
     with _reading(directory):
         rows = pl.concat([_scan(path, list(ANSWER_SCHEMA), extra="raise") for path in paths])
-        metadata = {_REPLACES: json.dumps(list(names))}
-        rows.sink_parquet(file, **_LAYOUT, metadata=metadata, engine="streaming")
+        metadata = _Metadata(min(_metadata(path).group for path in paths), list(names))
+        rows.sink_parquet(file, **metadata.layout(), engine="streaming")
         old = pl.concat([_scan(path, kept).collect(engine="streaming") for path in paths])
     file.seek(0)
     # The old ones are about to be removed, and they were paid for.
@@ -248,16 +269,21 @@ def _encode_together(directory: Path, names: Sequence[str]) -> io.BytesIO:
     return file
 
 
-def is_merged(name: str) -> bool:
-    """Does it hold the rows of segments that it replaced?"""
-    match = _NAME.fullmatch(name)
-    return match is not None and match["merge"] is not None
+def unfinished(listed: Iterable[str]) -> list[str]:
+    """Merged segments that share their place with one that they replace, which therefore is still there."""
+    places: dict[str, list[str]] = {}
+    for name in listed:
+        if _NAME.fullmatch(name):
+            places.setdefault(name[:_PLACE], []).append(name)
+    shared = (names for names in places.values() if len(names) > 1)
+    return [name for names in shared for name in names if len(Path(name).stem) > _PLACE]
 
 
 def replaced(path: Path) -> list[str]:
-    """Names of the segments whose rows a merged one took over."""
+    """Names of the segments whose rows a merged one holds, in written order; makes sure that it does."""
     with _reading(path):
-        return list(json.loads(pl.read_parquet_metadata(path).get(_REPLACES, "[]")))
+        _verify(path)
+        return _metadata(path).replaces
 
 
 def _scan(

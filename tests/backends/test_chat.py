@@ -149,6 +149,7 @@ def test_an_answer() -> None:
         "finish_reason": "stop",
         "input_tokens": 9,
         "cached_input_tokens": 2,
+        "cache_write_tokens": None,
         "output_tokens": 4,
         "model": "m-2026",
     }

@@ -274,6 +274,7 @@ def test_an_answer() -> None:
         "finish_reason": "end_turn",
         "input_tokens": 129,  # cached tokens are billed input too, and counted beside it
         "cached_input_tokens": 20,
+        "cache_write_tokens": 100,
         "output_tokens": 4,
         "model": "m-2026",
     }

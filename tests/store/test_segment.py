@@ -35,7 +35,8 @@ def merged(sizes: dict[str, int]) -> list[int]:
         ([40 * MIB, *[KIB] * 7], []),  # not 40 MiB again for 7 KiB
         ([40 * MIB, *[KIB] * 8], [1, 2, 3, 4, 5, 6, 7, 8]),
         ([*[KIB] * 8, 40 * MIB], [0, 1, 2, 3, 4, 5, 6, 7, 8]),
-        ([10 * MIB] * 8, [0, 1, 2, 3, 4, 5, 6, 7]),
+        ([6 * MIB] * 8, [0, 1, 2, 3, 4, 5, 6, 7]),
+        ([10 * MIB] * 20, []),
         ([100 * MIB] * 20, []),
         ([400 * MIB] * 20, []),
         ([KIB, 400 * MIB] * 8, []),
@@ -64,7 +65,7 @@ def test_each_byte_is_written_again_a_few_times_only(sizes: list[int]) -> None:
             held[f"{names[0][:29]}-00000000.parquet"] = total
             written += total
     assert written <= 8 * sum(sizes)
-    assert len(held) <= 60 + sum(sizes) // (64 * MIB)
+    assert len(held) <= 60 + sum(sizes) // (8 * MIB)
 
 
 def test_rows_that_hold_other_keys_are_not_given_out(tmp_path: Path) -> None:

@@ -134,7 +134,7 @@ def test_what_it_raises_fails_the_request_and_is_raised_again_at_the_end() -> No
     def model(request: ModelRequest) -> str:
         raise KeyError(request.prompt)
 
-    with pytest.raises(KeyError, match="hello"), provider(model) as p:  # noqa: SIM117
+    with pytest.raises(KeyError, match="hello"), provider(model) as p:
         with openai.OpenAI(max_retries=0) as oai:
             error = raises(openai.InternalServerError)(lambda: chat(oai, "hello"))
             assert "KeyError" in str(error)
