@@ -171,10 +171,9 @@ class ParquetResults:
             batch_size: int | None,  # noqa: ARG001 (a batch is what is read together)
         ) -> Iterator[pl.DataFrame]:
             columns = list(ANSWER_SCHEMA) if with_columns is None else with_columns
-            read_by_filter = [] if predicate is None else predicate.meta.root_names()
             for found in self._batches(n_rows):
-                rows = self.read(found, list(dict.fromkeys([*columns, *read_by_filter])))
-                yield (rows if predicate is None else rows.filter(predicate)).select(columns)
+                rows = self.read(found, columns)
+                yield rows if predicate is None else rows.filter(predicate)
 
         # Damage is said here: what is raised in a source comes out of Polars 1 as a ComputeError.
         self._current()

@@ -301,7 +301,6 @@ def _scan(
         extra_columns=extra,
         row_index_name=row_index,
         glob=False,
-        hive_partitioning=False,
         use_statistics=False,
     )
 

@@ -7,7 +7,6 @@ import os
 import subprocess
 import sys
 import threading
-import time
 import zlib
 from collections.abc import Callable
 from pathlib import Path
@@ -251,6 +250,44 @@ def test_a_damaged_segment_is_named_and_nothing_is_guessed(
     assert read(store, [-1, -2, 1]) == ["sound", "still added", "1"]
 
 
+@pytest.mark.parametrize(
+    "table",
+    [
+        pl.DataFrame({"a": [1, 2]}),
+        answers([1]).with_columns(key=pl.lit(b"short")),
+        answers([1]).with_columns(key=pl.lit(b"x" * 33)),
+        answers([1], key=[None]),
+        answers([1]).drop("state"),
+        answers([1], state=[None]),
+        answers([1], state=RETRY + 1),
+        answers([1]).with_columns(pl.col("attempt").cast(pl.String)),
+    ],
+    ids=["other", "short key", "long key", "no key", "no states", "no state", "unknown state", "dtype"],
+)
+def test_a_table_of_another_kind_is_named(store: ParquetResults, path: Path, table: pl.DataFrame) -> None:
+    store.add(answers([1]))
+    table.write_parquet(path / "found somewhere.parquet")
+    with pytest.raises(CacheCorrupt) as caught:
+        store.find(keys([1]))
+    assert caught.value.path == str(path / "found somewhere.parquet")
+
+
+def test_a_directory_is_no_segment(store: ParquetResults, path: Path) -> None:
+    store.add(answers([1], text="one"))
+    (path / "old.parquet").mkdir()
+    answers([2], text="two").write_parquet(path / "old.parquet" / "a.parquet")
+    (path / "dangling.parquet").symlink_to(path / "nowhere")
+    assert read(store, [1, 2]) == ["one", None]
+
+
+def test_what_changed_under_a_known_name_is_looked_up_again(store: ParquetResults, path: Path) -> None:
+    store.add(answers([0], text="ours"))
+    answers([1, 2], text=["one", "two"]).write_parquet(path / "mine.parquet")
+    assert read(store, [0, 1, 2]) == ["ours", "one", "two"]
+    answers([3, 2, 1], text=["three", "two", "one"]).write_parquet(path / "mine.parquet")
+    assert read(store, [0, 1, 2]) == ["ours", "one", "two"]
+
+
 def _text_damaged(file: Path) -> None:
     texts = pyarrow.parquet.read_metadata(file).row_group(0).column(3)
     assert texts.path_in_schema == "text"
@@ -407,14 +444,17 @@ def test_nothing_is_done_when_there_is_nothing_to_do(store: ParquetResults, path
     assert sorted(p.name for p in path.iterdir()) == before
 
 
-def test_a_merge_that_died_before_it_removed_the_old_segments(store: ParquetResults, path: Path) -> None:
+@pytest.mark.parametrize("left", [20, 3, 1])
+def test_a_merge_that_died_before_it_removed_the_old_segments(
+    store: ParquetResults, path: Path, left: int
+) -> None:
     for number in range(20):
         store.add(answers([number, 5], text=str(number), attempt=number + 1, state=[DONE, RETRY]))
     old = {file: file.read_bytes() for file in segments(path)}
     before = store.find(keys(range(20))).select("key", "state", "attempt"), store.scan().collect()
     store.compact()
     assert len(segments(path)) == 1
-    for file, data in old.items():
+    for file, data in list(old.items())[:left]:
         file.write_bytes(data)
     for each in (store, ParquetResults(path)):
         assert_frame_equal(each.find(keys(range(20))).select("key", "state", "attempt"), before[0])
@@ -422,6 +462,19 @@ def test_a_merge_that_died_before_it_removed_the_old_segments(store: ParquetResu
     ParquetResults(path).compact()
     assert len(segments(path)) == 1
     assert_frame_equal(store.scan().collect(), before[1])
+
+
+def test_what_a_damaged_merge_replaced_is_not_removed(store: ParquetResults, path: Path) -> None:
+    store.add(answers([0], text="0"))
+    (first,) = segments(path)
+    data = first.read_bytes()
+    add_each(store, range(1, 9))
+    store.compact()
+    (merged,) = segments(path)
+    first.write_bytes(data)
+    _text_damaged(merged)
+    ParquetResults(path).compact()
+    assert segments(path) == [merged, first]
 
 
 def test_a_merge_keeps_the_written_order(store: ParquetResults, path: Path) -> None:
@@ -447,9 +500,12 @@ def test_two_who_merge_at_once(store: ParquetResults, path: Path) -> None:
     assert store.scan().collect()["text"].to_list() == [str(n) for n in range(60)]
 
 
-def test_a_damaged_segment_is_not_merged_and_stops_nothing(store: ParquetResults, path: Path) -> None:
+@pytest.mark.parametrize("damage", [_cut_short, _text_damaged])
+def test_a_damaged_segment_is_not_merged_and_stops_nothing(
+    store: ParquetResults, path: Path, damage: Callable[[Path], None]
+) -> None:
     add_each(store, range(12))
-    _cut_short(segments(path)[4])
+    damage(segments(path)[4])
     store.compact()
     assert len(segments(path)) == 12
 
@@ -494,9 +550,8 @@ def start(path: Path, first: int, *options: str) -> subprocess.Popen[str]:
 def test_a_reader_sees_what_other_processes_add_and_merge(store: ParquetResults, path: Path) -> None:
     writers = [start(path, 0, "compact"), start(path, 500_000, "compact")]
     try:
-        until = time.monotonic() + 2.5
         acknowledged: list[int] = []
-        while time.monotonic() < until:
+        for _ in range(60):
             for writer in writers:
                 assert writer.stdout is not None
                 first = int(writer.stdout.readline())
@@ -508,7 +563,6 @@ def test_a_reader_sees_what_other_processes_add_and_merge(store: ParquetResults,
         for writer in writers:
             writer.kill()
             writer.communicate()
-    assert len(acknowledged) > 100
 
 
 @pytest.mark.crash

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from polars_llm.store.segment import Moved, due, take, write
+from polars_llm.store.segment import Moved, due, merge, replaced, take, unfinished, write
 from tests.store.results_contract import answers, keys
 
 KIB = 1024
@@ -87,3 +87,19 @@ def test_rows_that_hold_other_keys_are_not_given_out(tmp_path: Path) -> None:
     ]:
         with pytest.raises(Moved):
             take(path, wrong, asked, ["text"])
+
+
+def test_segments_that_are_no_neighbours_any_more_are_not_merged(tmp_path: Path) -> None:
+    for number in range(3):
+        write(tmp_path, answers([number]), lambda: [path.name for path in tmp_path.iterdir()])
+    names = sorted(path.name for path in tmp_path.iterdir())
+    with pytest.raises(Moved):
+        merge(tmp_path, names, lambda: False)
+    assert sorted(path.name for path in tmp_path.iterdir()) == names
+    with pytest.raises(Moved):
+        merge(tmp_path, [*names, f"{10**19}-00000000.parquet"], lambda: True)
+    merge(tmp_path, names, lambda: True)
+    (merged,) = {path.name for path in tmp_path.iterdir()} - set(names)
+    assert replaced(tmp_path / merged) == names
+    assert unfinished([merged, *names]) == [merged]
+    assert unfinished([merged, *names[1:]]) == []
