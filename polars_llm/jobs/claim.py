@@ -99,8 +99,14 @@ def _draft(backend: BatchBackend, wanted: Sequence[Requests], store: Store, owne
             owner=owner,
         )
         store.spool.write_keys(job.id, keys[batch.rows])
-        store.spool.write_requests(job.id, (line + b"\n" for line in batch.lines))
+        store.spool.write_requests(job.id, _joined(batch.lines))
         yield job
+
+
+def _joined(lines: Sequence[bytes]) -> Iterator[bytes]:
+    """Lines with their ends, many at a time: writing them one by one takes twice as long."""
+    for start in range(0, len(lines), 1_000):
+        yield b"\n".join(lines[start : start + 1_000]) + b"\n"
 
 
 def _too_large(backend: BatchBackend, keys: pl.DataFrame, batch: Pack, model: str) -> pl.DataFrame:

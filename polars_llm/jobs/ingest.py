@@ -47,6 +47,7 @@ def ingest(job: Job, status: BatchStatus, backend: BatchBackend, store: Store) -
     refused = answers.filter(pl.col("state") == ACCOUNT)
     _keep(answers.filter(pl.col("state") != ACCOUNT), job, backend, store)
     job = _close(job, State.INGESTED, answers, store)
+    store.results.compact()  # many small jobs would become many small files
     _blame_account(refused, backend)
     return job
 
