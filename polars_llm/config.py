@@ -35,7 +35,6 @@ class Settings:
     poll_interval: float
     on_pending: OnPending
     on_error: OnError
-    max_cost: float | None
     quiet_period: float
 
 
@@ -60,8 +59,6 @@ class Config:
         ``"raise"`` (default), ``"wait"`` or ``"null"``; see `generate`.
     on_error
         ``"null"`` (default) or ``"raise"``; see `generate`.
-    max_cost
-        USD that may be in flight and spent under this cache; sending more is refused.
 
     Raises
     ------
@@ -88,7 +85,6 @@ class Config:
         poll_interval: float | None = None,
         on_pending: OnPending | None = None,
         on_error: OnError | None = None,
-        max_cost: float | None = None,
     ) -> None:
         given = {
             "model": model,
@@ -96,7 +92,6 @@ class Config:
             "poll_interval": None if poll_interval is None else _seconds(poll_interval, "poll_interval"),
             "on_pending": _one_of(on_pending, get_args(OnPending), "on_pending"),
             "on_error": _one_of(on_error, get_args(OnError), "on_error"),
-            "max_cost": _dollars(max_cost),
         }
         with _lock:
             self._before = dict(_chosen)
@@ -139,7 +134,6 @@ def settings(*, on_pending: OnPending | None = None, on_error: OnError | None = 
         on_pending=_one_of(on_pending, get_args(OnPending), "on_pending")
         or chosen.get("on_pending", "raise"),
         on_error=_one_of(on_error, get_args(OnError), "on_error") or chosen.get("on_error", "null"),
-        max_cost=chosen.get("max_cost"),
         quiet_period=_seconds(quiet, "POLARS_LLM_QUIET_PERIOD") if quiet else _QUIET_PERIOD,
     )
 
@@ -155,15 +149,6 @@ def _seconds(value: float | str, name: str) -> float:
             hint=f"for example {name}=30. Nothing was sent.",
         )
     return seconds
-
-
-def _dollars(value: float | None) -> float | None:
-    if value is not None and not 0 <= value < float("inf"):
-        raise InvalidRequest(
-            f"max_cost is {value!r}, not an amount in USD",
-            hint="for example max_cost=5.0. Nothing was sent.",
-        )
-    return value
 
 
 def _one_of(value: Any, known: tuple[str, ...], name: str) -> Any:

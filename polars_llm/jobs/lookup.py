@@ -32,8 +32,6 @@ class Policy:
         How often a request is sent that failed for a passing reason, the first time included.
     retry_failed
         Send again what failed for good.
-    max_cost
-        USD.
     """
 
     wait: bool = False
@@ -41,7 +39,6 @@ class Policy:
     quiet_period: float = 120.0
     max_attempts: int = 3
     retry_failed: bool = False
-    max_cost: float | None = None
 
 
 def prefixes(frame: pl.DataFrame) -> pl.Series:
