@@ -12,6 +12,7 @@ import contextlib
 import dataclasses
 import os
 import threading
+import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -91,7 +92,11 @@ _UNSAVED_SHARE = 0.1
 # waits for part of a query runs other work meanwhile, such as a function that asks this store: in the same
 # thread (hence a re-entrant lock), or in another, which the first one may be waiting for (hence an end).
 _PATIENCE_S = 2.0
-_TRIES = 20
+# How long segments that are merged away under a reader are looked for again. Every look brings it nearer.
+_RESTLESS_S = 30.0
+# One byte for each time that merged segments are about to be removed: it tells a listing that some of what
+# it did not see may have gone while it was looking, and where it went it had looked already.
+_REMOVALS = ".removals"
 _SCAN_ROWS = 1 << 16
 _GONE = 2**32 - 1
 
@@ -151,15 +156,16 @@ class ParquetResults:
         unknown = [name for name in columns if name not in ANSWER_SCHEMA]
         if unknown:
             raise ValueError(f"answers have no columns {unknown}")
-        for _ in range(_TRIES):
+        deadline = time.monotonic() + _RESTLESS_S
+        while True:
             try:
                 return self._read(found, list(columns))
             except FileNotFoundError:
                 pass
             except segment.Moved:
                 self._view = None
+            self._not_for_ever(deadline)
             found = self._found_again(found)
-        raise self._restless()
 
     def scan(self) -> pl.LazyFrame:
         """See `ResultStore`."""
@@ -189,11 +195,9 @@ class ParquetResults:
             if not ours:
                 return
             self._finish_merges()
-            for _ in range(_TRIES):
-                names = self._due()
-                if not names:
+            while names := self._due():
+                if not self._merge(names):
                     return
-                self._merge(names)
 
     # --- reading ---------------------------------------------------------------------------------------
 
@@ -232,12 +236,13 @@ class ParquetResults:
             pl.when(known).then(pl.col(name)).alias(name) for name in ("segment", "row")
         )
 
-    def _restless(self) -> CacheError:
-        return CacheError(
-            f"The segments in {self._directory} are replaced faster than they can be read.",
-            path=str(self._directory),
-            hint="run the same line again. Nothing was sent.",
-        )
+    def _not_for_ever(self, deadline: float) -> None:
+        if time.monotonic() > deadline:
+            raise CacheError(
+                f"The segments in {self._directory} are replaced faster than they can be read.",
+                path=str(self._directory),
+                hint="run the same line again. Nothing was sent.",
+            )
 
     def _batches(self, n_rows: int | None) -> Iterator[pl.DataFrame]:
         """Where everything is, in written order; at least one batch, so that an empty store has columns."""
@@ -254,11 +259,29 @@ class ParquetResults:
 
     def _listed(self) -> frozenset[str]:
         """Names of the segments on disk now."""
+        deadline = time.monotonic() + _RESTLESS_S
+        while True:
+            before = self._removals()
+            try:
+                with os.scandir(self._directory) as listing:
+                    names = frozenset(
+                        entry.name
+                        for entry in listing
+                        if entry.name.endswith(segment.SUFFIX) and entry.is_file()
+                    )
+            except FileNotFoundError:
+                return frozenset()
+            # A long directory is not listed in one moment: a merged segment may come behind the cursor, and
+            # what it replaces may go before it.
+            if self._removals() == before:
+                return names
+            self._not_for_ever(deadline)
+
+    def _removals(self) -> int:
         try:
-            with os.scandir(self._directory) as listing:
-                return frozenset(e.name for e in listing if e.name.endswith(segment.SUFFIX) and e.is_file())
+            return (self._directory / _REMOVALS).stat().st_size
         except FileNotFoundError:
-            return frozenset()
+            return 0
 
     def _stamps(self) -> dict[str, str]:
         """Size and time of change of the segments on disk now."""
@@ -284,31 +307,43 @@ class ParquetResults:
                 self._refreshing.release()
 
     def _refreshed(self) -> _View:
-        for _ in range(_TRIES):
+        deadline = time.monotonic() + _RESTLESS_S
+        while True:
             names = self._listed()
             view = self._view or self._loaded(names)
-            with contextlib.suppress(FileNotFoundError):  # merged since it was listed: list again
-                if view.names != names:
-                    view = self._extended(view, names)
-                self._view = view
+            if view.names != names:
+                view = self._extended(view, names)
+            self._view = view
+            if view.names == names:
                 self._view = view = self._saved(view)
                 return view
-        raise self._restless()
+            # Some were merged since they were listed: those that were read stay, and it is listed again.
+            self._not_for_ever(deadline)
 
     def _extended(self, view: _View, names: frozenset[str]) -> _View:
-        new = sorted(names - view.names)
-        numbered = self._numbered(new)
-        ranks = self._ranks(names)
+        """The view of `names`, or on the way there if some are gone by now."""
+        entries, read = self._entries(sorted(names - view.names))
+        complete = read >= names - view.names
+        known = names if complete else view.names | read
+        ranks = self._ranks(known)
         index, unsaved = view.index, view.unsaved
-        if new:
-            entries = segment.entries(self._directory, numbered)
+        if read:
             index, unsaved = index.extended(entries, ranks), unsaved + entries.height
-        if not view.names <= names:
+        if complete and not view.names <= names:
             index = index.merged()
             if index.runs and (ranks.gather(index.runs[0]["segment"].unique()) == _GONE).any():
                 # Taken away rather than merged: what those rows had hidden counts again.
                 return self._extended(_View(), names)
-        return _View(names, index, unsaved)
+        return _View(known, index, unsaved)
+
+    def _entries(self, names: Sequence[str]) -> tuple[pl.DataFrame, frozenset[str]]:
+        """What the index keeps of those segments, and which of them were still there."""
+        entries, read = [], []
+        for number, name in self._numbered(names).items():
+            with contextlib.suppress(FileNotFoundError):
+                entries.append(segment.entries(self._directory / name, number))
+                read.append(name)
+        return pl.concat(entries) if entries else pl.DataFrame(), frozenset(read)
 
     def _numbered(self, names: Sequence[str]) -> dict[int, str]:
         with self._naming:
@@ -356,7 +391,9 @@ class ParquetResults:
         sizes = {name: int(stamp.split()[0]) for name, stamp in self._stamps().items()}
         return segment.due(sizes, self._left_alone)
 
-    def _merge(self, names: Sequence[str]) -> None:
+    def _merge(self, names: Sequence[str]) -> bool:
+        """Did anything come of it that makes another look worth while?"""
+
         def still_neighbours() -> bool:
             between = [name for name in self._listed() if names[0] <= name <= names[-1]]
             return sorted(between) == list(names)
@@ -364,12 +401,13 @@ class ParquetResults:
         try:
             segment.merge(self._directory, names, still_neighbours)
         except (segment.Moved, FileNotFoundError):
-            return
+            return False
         except CacheCorrupt:
             # Reading it says so, to those who need it. Here it is only no longer touched.
             self._left_alone.update(names)
-            return
+            return True
         self._remove(names)
+        return True
 
     def _finish_merges(self) -> None:
         """Remove what a process left that died after it had written the merged segment."""
@@ -379,6 +417,8 @@ class ParquetResults:
 
     def _remove(self, names: Sequence[str]) -> None:
         sync_directory(self._directory)  # the merged segment comes first
+        with (self._directory / _REMOVALS).open("ab", buffering=0) as file:
+            file.write(b".")
         # The first one goes last: that it is there tells that a merge was not finished.
         for name in reversed(names):
             (self._directory / name).unlink(missing_ok=True)

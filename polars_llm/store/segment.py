@@ -114,20 +114,16 @@ def key_prefix() -> pl.Expr:
     return pl.col("key").bin.slice(0, 16).bin.reinterpret(dtype=pl.UInt128, endianness="big")
 
 
-def entries(directory: Path, names: Mapping[int, str]) -> pl.DataFrame:
-    """What the index keeps of each row: key, state, attempt, segment (its number), row.
+def entries(path: Path, number: int) -> pl.DataFrame:
+    """What the index keeps of each row: key, state, attempt, segment (that number), row.
 
     Raises
     ------
     FileNotFoundError
-        A segment is gone: merged away, most likely.
+        The segment is gone: merged away, most likely.
     CacheCorrupt
-        A segment is damaged or foreign.
+        The segment is damaged or foreign.
     """
-    return pl.concat([_entries(directory / name, number) for number, name in names.items()])
-
-
-def _entries(path: Path, number: int) -> pl.DataFrame:
     with _reading(path):
         _verify(path)
         rows = (

@@ -510,6 +510,38 @@ def test_a_damaged_segment_is_not_merged_and_stops_nothing(
     assert len(segments(path)) == 12
 
 
+def test_a_listing_during_which_segments_were_merged_is_made_again(
+    store: ParquetResults, path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A long directory is read in pieces: the merged one came behind the cursor, the others went before."""
+    add_each(store, range(12))
+    listings = 0
+
+    class Torn:
+        def __init__(self, directory: Path) -> None:
+            self._entries = list(scandir(directory))[:4]
+
+        def __enter__(self) -> list[os.DirEntry[str]]:
+            nonlocal listings
+            listings += 1
+            ParquetResults(path).compact()
+            return self._entries
+
+        def __exit__(self, *_: object) -> None: ...
+
+    scandir = os.scandir
+    reader = ParquetResults(path)
+
+    def torn_once(directory: Path) -> Any:
+        monkeypatch.setattr(os, "scandir", scandir)
+        return Torn(directory)
+
+    monkeypatch.setattr(os, "scandir", torn_once)
+    assert read(reader, range(12)) == [str(n) for n in range(12)]
+    assert listings == 1
+    assert len(segments(path)) < 12
+
+
 # --- processes ----------------------------------------------------------------------------------------
 
 
