@@ -1,4 +1,4 @@
-"""A job: one batch at one provider, from the plan to the answers, and the table of its transitions.
+"""A job: one batch, or one run of a live backend, from the plan to the answers; and its transitions.
 
 The record is a frozen value; the ledger keeps it (`polars_llm.store.ledger`), the heart moves it
 (`polars_llm.jobs`). Each arrow is one durable write::
@@ -8,7 +8,9 @@ The record is a frozen value; the ledger keeps it (`polars_llm.store.ledger`), t
        │          │          ▼  │          ├─► failed      the provider refused the whole batch
        │          │        unknown         └─► deferred ─► creating   its queue is full: same file, later
        └──────────┴──► released            nothing was created; the keys are free again
-    creating, unknown, deferred, submitted, ended ──► abandoned       the user's way out
+    planned ─► running ─► ingested         no batch: answered while the process waits (realtime, an engine)
+                  └─────► released         it stopped; what was answered is kept, the other keys are free
+    creating, unknown, deferred, submitted, running, ended ──► abandoned       the user's way out
 
 Providers without an upload step go from planned to creating.
 """
@@ -19,9 +21,11 @@ import dataclasses
 import secrets
 import time
 from enum import StrEnum
-from typing import Any, Self
+from typing import Any, Literal, Self, TypeAlias
 
-__all__ = ["Job", "State"]
+__all__ = ["Job", "Mode", "State"]
+
+Mode: TypeAlias = Literal["batch", "realtime", "local"]
 
 
 class State(StrEnum):
@@ -33,6 +37,7 @@ class State(StrEnum):
     UNKNOWN = "unknown"
     DEFERRED = "deferred"
     SUBMITTED = "submitted"
+    RUNNING = "running"
     ENDED = "ended"
     INGESTED = "ingested"
     FAILED = "failed"
@@ -47,11 +52,11 @@ class State(StrEnum):
     @property
     def may_be_billed(self) -> bool:
         """True if a batch exists at the provider, or may exist."""
-        return self in {State.CREATING, State.UNKNOWN, State.SUBMITTED, State.ENDED}
+        return self in {State.CREATING, State.UNKNOWN, State.SUBMITTED, State.RUNNING, State.ENDED}
 
 
 _TRANSITIONS: dict[State, frozenset[State]] = {
-    State.PLANNED: frozenset({State.UPLOADED, State.CREATING, State.RELEASED}),
+    State.PLANNED: frozenset({State.UPLOADED, State.CREATING, State.RUNNING, State.RELEASED}),
     State.UPLOADED: frozenset({State.CREATING, State.RELEASED}),
     State.CREATING: frozenset(
         {State.SUBMITTED, State.UNKNOWN, State.DEFERRED, State.RELEASED, State.ABANDONED}
@@ -59,6 +64,7 @@ _TRANSITIONS: dict[State, frozenset[State]] = {
     State.UNKNOWN: frozenset({State.SUBMITTED, State.RELEASED, State.ABANDONED}),
     State.DEFERRED: frozenset({State.CREATING, State.RELEASED, State.ABANDONED}),
     State.SUBMITTED: frozenset({State.ENDED, State.DEFERRED, State.FAILED, State.ABANDONED}),
+    State.RUNNING: frozenset({State.INGESTED, State.RELEASED, State.ABANDONED}),
     State.ENDED: frozenset({State.INGESTED, State.ABANDONED}),
     State.INGESTED: frozenset(),
     State.FAILED: frozenset(),
@@ -73,7 +79,7 @@ _LONGEST_REASON = 2_000
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Job:
-    """One batch at one provider. Times are Unix seconds by this machine's clock.
+    """One batch at one provider, or one run of a live backend. Times are Unix seconds of this machine.
 
     Parameters
     ----------
@@ -81,6 +87,8 @@ class Job:
         Our name for it; on OpenAI it is in the batch's metadata.
     provider, base_url, endpoint, model
         Where it goes. `base_url` is None for the provider's own, and never holds a secret.
+    mode
+        How it is answered: ``"batch"``, ``"realtime"`` or ``"local"``.
     requests, size_bytes
         Number of requests, and bytes of the request file.
     owner
@@ -108,6 +116,7 @@ class Job:
     endpoint: str
     model: str
     requests: int
+    mode: Mode = "batch"
     size_bytes: int = 0
     owner: str | None = None
     input_file_id: str | None = None

@@ -175,10 +175,11 @@ def abandon(job: str) -> None:
         raise InvalidRequest(f"{job} is {found.state} already", hint="there is nothing to give up.")
     if found.owner is not None and store.directory.is_alive(found.owner):
         raise InvalidRequest(
-            f"{job} is being submitted by a process that is at work",
+            f"{job} belongs to a process that is at work",
             hint="wait until it is done, or stop that process first.",
         )
-    target = State.RELEASED if found.state in {State.PLANNED, State.UPLOADED} else State.ABANDONED
+    nothing_sent = {State.PLANNED, State.UPLOADED}
+    target = State.RELEASED if found.state in nothing_sent else State.ABANDONED
     moved = store.ledger.move(found, target, owner=None, reason="given up by the user")
     if moved.state is target:
         store.spool.remove(job)
@@ -208,13 +209,14 @@ def watch(*, model: Model | None = None) -> pl.DataFrame:
     problems: list[ProviderError] = []
     policy = Policy(poll_interval=settings().poll_interval, quiet_period=settings().quiet_period)
     for job in store.ledger.jobs(open_only=True):
-        backend = for_job(job, model)
+        backend = for_job(job, model) if job.mode == "batch" else None
         try:
             advance(job, backend, store, policy)
         except ProviderError as error:
             problems.append(error)
         finally:
-            backend.close()
+            if backend is not None:
+                backend.close()
     if store.directory.jobs.exists():
         _clean(store)
     if problems:

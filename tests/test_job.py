@@ -24,7 +24,8 @@ def at(state: State) -> Job:
 
 # Written out by hand from docs/how-it-works.md: the table in job.py must say the same.
 ARROWS = """
-planned -> uploaded creating released
+planned -> uploaded creating running released
+running -> ingested released abandoned
 uploaded -> creating released
 creating -> submitted unknown deferred released abandoned
 unknown -> submitted released abandoned

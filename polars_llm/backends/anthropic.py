@@ -40,7 +40,7 @@ from polars_llm.backends.base import (
 from polars_llm.backends.clients import PerProcess, retry_after
 from polars_llm.backends.hosts import is_at, normalise_base_url, redact
 from polars_llm.errors import AccountError
-from polars_llm.job import Job
+from polars_llm.job import Job, Mode
 from polars_llm.pricing import Prices
 from polars_llm.request import RequestHeader, Requests
 
@@ -73,6 +73,7 @@ class AnthropicBatch:
     """One host, one model, one key, one version of the API."""
 
     provider = "anthropic"
+    mode: Mode = "batch"
     prices: Prices | None = None
     """The user's own."""
     limits = _LIMITS

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Mapping, Sequence
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TypeAlias, TypeVar
@@ -11,12 +11,13 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeAlias, TypeVar
 import polars as pl
 
 from polars_llm.errors import AccountError, ProviderError
-from polars_llm.job import Job
+from polars_llm.job import Job, Mode
 from polars_llm.pricing import Prices
 from polars_llm.request import RequestHeader, Requests
 
 if TYPE_CHECKING:
     import tenacity
+    from typing_extensions import TypeIs
 
 __all__ = [
     "BatchBackend",
@@ -26,9 +27,11 @@ __all__ = [
     "IsOurs",
     "Limits",
     "ListedBatch",
+    "LiveBackend",
     "Options",
     "Phase",
     "Verdict",
+    "is_batch",
     "retrying",
     "verdict",
 ]
@@ -147,6 +150,10 @@ class BatchBackend(Protocol):
         """The user's own prices, None for the bundled list."""
 
     @property
+    def mode(self) -> Mode:
+        """``"batch"``."""
+
+    @property
     def limits(self) -> Limits:
         """What one batch may hold."""
 
@@ -200,6 +207,50 @@ class BatchBackend(Protocol):
 
     def sent_custom_ids(self, batch: ListedBatch, target: Path) -> Iterator[str] | None:
         """The custom_ids of a batch that still runs, None where the provider does not give them back."""
+
+
+class LiveBackend(Protocol):
+    """Who answers while the process waits: realtime calls, an engine in this process, a cluster."""
+
+    @property
+    def provider(self) -> str:
+        """As in the key: ``"openai"``, ``"vllm"``."""
+
+    @property
+    def base_url(self) -> str | None:
+        """Normalised host, None for the provider's own and for engines."""
+
+    @property
+    def mode(self) -> Mode:
+        """``"realtime"`` or ``"local"``; also how its answers are priced."""
+
+    @property
+    def prices(self) -> Prices | None:
+        """The user's own prices, None for the bundled list."""
+
+    @property
+    def batch(self) -> BatchBackend | None:
+        """What reads batches of the same host: it collects those that hold wanted keys."""
+
+    def header(self, options: Options) -> RequestHeader:
+        """What is constant over a column; raises InvalidRequest for what can't be sent."""
+
+    def run(self, requests: Sequence[Requests]) -> Generator[pl.DataFrame, None, None]:
+        """Answer them all, in any order, a block of replies (REPLY_SCHEMA) at a time.
+
+        Each block is made durable before the next one is asked for, so blocks come every second or so,
+        while the next requests are at work. Every request gets one reply, which may be a failure;
+        `CallFailed` or an error of ours stops the run, and what was yielded stays. A block may have
+        ``vector`` and ``cost_usd`` besides. Closing the iterator ends all work in flight.
+        """
+
+    def close(self) -> None:
+        """Close connections; the next call opens new ones. An engine that others may use stays."""
+
+
+def is_batch(backend: BatchBackend | LiveBackend) -> TypeIs[BatchBackend]:
+    """Tell the two kinds of backend apart."""
+    return backend.mode == "batch"
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

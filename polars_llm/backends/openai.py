@@ -32,7 +32,7 @@ from polars_llm.backends.base import (
 from polars_llm.backends.clients import PerProcess, retry_after
 from polars_llm.backends.hosts import redact
 from polars_llm.errors import AccountError
-from polars_llm.job import Job
+from polars_llm.job import Job, Mode
 from polars_llm.pricing import Prices
 from polars_llm.request import RequestHeader, Requests
 
@@ -51,6 +51,7 @@ class OpenAIBatch:
     """One host, one model, one key."""
 
     provider = "openai"
+    mode: Mode = "batch"
     prices: Prices | None = None
     """The user's own."""
     limits = _LIMITS

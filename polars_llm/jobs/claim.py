@@ -7,14 +7,14 @@ written first and mean nothing without the record, so the transaction itself is 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from datetime import UTC, datetime
 from itertools import chain
 
 import polars as pl
 
 from polars_llm.answer import FAILED, complete
-from polars_llm.backends.base import BatchBackend
+from polars_llm.backends.base import BatchBackend, LiveBackend
 from polars_llm.errors import CacheError
 from polars_llm.job import Job
 from polars_llm.jobs.lookup import Policy, in_flight, prefixes, unanswered
@@ -22,42 +22,52 @@ from polars_llm.jobs.packing import Pack, pack
 from polars_llm.request import Requests
 from polars_llm.store import Store
 
-__all__ = ["claim"]
+__all__ = ["batches", "claim", "one_run"]
 
 
 def claim(
-    backend: BatchBackend,
     requests: Sequence[Requests],
+    draft: Callable[[list[Requests]], Iterable[Job]],
     store: Store,
-    *,
-    owner: str,
     policy: Policy,
-) -> list[Job]:
+) -> tuple[list[Job], list[Requests]]:
     """Make jobs in state planned of all requests that nobody has answered or claimed by now.
 
-    Several headers share a batch where they share endpoint and model.
+    Parameters
+    ----------
+    requests
+        What is wanted.
+    draft
+        Writes the files of the jobs that would hold some requests: `batches` or `one_run`.
+    store, policy
+        Where, and how often a request is tried.
+
+    Returns
+    -------
+    tuple
+        The jobs, and the requests that they hold.
     """
     wanted = [r for r in requests if r.height]
     while wanted:
-        jobs = list(_draft(backend, wanted, store, owner))
+        jobs = list(draft(wanted))
         with store.ledger.transaction():
             taken = _taken(wanted, store, policy)
             if taken.is_empty():
                 for job in jobs:
                     _check_files(job, store)
                     store.ledger.put(job)
-                return jobs
+                return jobs, wanted
         # Somebody was quicker with some of them: leave those, and pack the rest again.
         for job in jobs:
             store.spool.remove(job.id)
         wanted = [_without(r, taken) for r in wanted]
         wanted = [r for r in wanted if r.height]
-    return []
+    return [], []
 
 
 def _check_files(job: Job, store: Store) -> None:
     # A job without its files would hold keys that nobody knows.
-    if not store.spool.requests_path(job.id).exists():
+    if not store.spool.has_keys(job.id):
         raise CacheError(
             f"The working files of {job.id} disappeared while it was being planned.",
             path=str(store.spool.requests_path(job.id)),
@@ -79,8 +89,28 @@ def _without(requests: Requests, taken: pl.Series) -> Requests:
     return dataclasses.replace(requests, frame=requests.frame.filter(~keys.is_in(taken.implode())))
 
 
-def _draft(backend: BatchBackend, wanted: Sequence[Requests], store: Store, owner: str) -> Iterator[Job]:
-    """Write keys and request files, pack by pack; nothing is claimed yet."""
+def one_run(backend: LiveBackend, wanted: Sequence[Requests], store: Store, owner: str) -> Iterator[Job]:
+    """One job of them all for a live backend; nothing is claimed yet."""
+    keys = pl.concat([r.frame.select("key", "attempt") for r in wanted])
+    header = wanted[0].header
+    job = Job.plan(
+        provider=backend.provider,
+        base_url=backend.base_url,
+        endpoint=header.endpoint,
+        model=header.model,
+        mode=backend.mode,
+        requests=keys.height,
+        owner=owner,
+    )
+    store.spool.write_keys(job.id, keys)
+    yield job
+
+
+def batches(backend: BatchBackend, wanted: Sequence[Requests], store: Store, owner: str) -> Iterator[Job]:
+    """Jobs for a provider's batches, with keys and request files, pack by pack; nothing is claimed yet.
+
+    Several headers share a batch where they share endpoint and model.
+    """
     keys = pl.concat([r.frame.select("key", "attempt") for r in wanted])
     lines = chain.from_iterable(backend.render(r) for r in wanted)
     header = wanted[0].header

@@ -13,11 +13,12 @@ from collections.abc import Sequence
 
 import polars as pl
 
-from polars_llm.backends.base import BatchBackend, CallFailed, Phase
+from polars_llm.backends.base import BatchBackend, CallFailed, LiveBackend, Phase, is_batch
 from polars_llm.errors import JobsPending
 from polars_llm.job import Job, State
-from polars_llm.jobs.claim import claim
+from polars_llm.jobs.claim import batches, claim
 from polars_llm.jobs.ingest import ingest, refuse
+from polars_llm.jobs.live import run_live
 from polars_llm.jobs.lookup import Policy, in_flight, prefixes, unanswered, with_attempts
 from polars_llm.jobs.settle import settle
 from polars_llm.jobs.submit import create, put_off, release, submit
@@ -32,7 +33,7 @@ __all__ = ["Need", "Pending", "advance", "evaluate"]
 class Need:
     """Distinct requests that had no answer when the frame was looked up, for one backend."""
 
-    backend: BatchBackend
+    backend: BatchBackend | LiveBackend
     requests: Sequence[Requests]
 
     @property
@@ -170,10 +171,13 @@ def _send(need: Need, store: Store, policy: Policy) -> int:
     missing = _missing(need, store, policy)
     if not any(r.height for r in missing):
         return 0
+    backend = need.backend
+    if not is_batch(backend):
+        return run_live(backend, missing, store, policy)
     with store.directory.submitter() as owner:
-        jobs = claim(need.backend, missing, store, owner=owner, policy=policy)
+        jobs, _ = claim(missing, lambda wanted: batches(backend, wanted, store, owner), store, policy)
         for job in jobs:
-            submit(job, need.backend, store, policy, owner=owner)
+            submit(job, backend, store, policy, owner=owner)
     return sum(job.requests for job in jobs)
 
 
@@ -197,11 +201,11 @@ def _holding(keys: pl.Series, store: Store) -> tuple[list[Job], pl.DataFrame]:
     return [job for job in jobs if job.id in names], held
 
 
-def advance(job: Job, backend: BatchBackend, store: Store, policy: Policy) -> None:
-    """Move one open job as far as it gets without waiting."""
+def advance(job: Job, backend: BatchBackend | LiveBackend | None, store: Store, policy: Policy) -> None:
+    """Move one open job as far as it gets without waiting; None reaches no provider, only this machine."""
     if job.owner is not None and store.directory.is_alive(job.owner):
         return  # its submitter is at work
-    if (job.provider, job.base_url) != (backend.provider, backend.base_url):
+    if backend is not None and (job.provider, job.base_url) != (backend.provider, backend.base_url):
         return  # sent through another host; only that one knows it
     with store.directory.try_lock(job.id) as ours:
         if not ours:
@@ -217,10 +221,21 @@ def advance(job: Job, backend: BatchBackend, store: Store, policy: Policy) -> No
                 raise error.public(f"looking at {job.id}") from error
 
 
-def _move_on(job: Job, backend: BatchBackend, store: Store, policy: Policy) -> None:
+def _move_on(job: Job, backend: BatchBackend | LiveBackend | None, store: Store, policy: Policy) -> None:
+    if job.state in {State.PLANNED, State.UPLOADED}:
+        release(job, store, reason="its submitter stopped before the batch was created")
+        return
+    if job.state is State.RUNNING:
+        release(job, store, reason="its process stopped; what it had been answered is kept")
+        return
+    if backend is not None and not is_batch(backend):
+        backend = backend.batch
+    if backend is not None:
+        _move_batch(job, backend, store, policy)
+
+
+def _move_batch(job: Job, backend: BatchBackend, store: Store, policy: Policy) -> None:
     match job.state:
-        case State.PLANNED | State.UPLOADED:
-            release(job, store, reason="its submitter stopped before the batch was created")
         case State.CREATING | State.UNKNOWN:
             job = settle(job, backend, store, policy)
             if job.state is State.SUBMITTED:

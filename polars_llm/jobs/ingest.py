@@ -14,13 +14,13 @@ from pathlib import Path
 import polars as pl
 
 from polars_llm.answer import ACCOUNT, DONE, FAILED, RETRY, complete
-from polars_llm.backends.base import BatchBackend, BatchStatus, CallFailed
+from polars_llm.backends.base import BatchBackend, BatchStatus, CallFailed, LiveBackend, is_batch
 from polars_llm.errors import AccountError
 from polars_llm.job import Job, State
 from polars_llm.pricing import cost_usd
 from polars_llm.store import Store
 
-__all__ = ["ingest", "priced", "reconcile", "refuse"]
+__all__ = ["blame_account", "ingest", "keep", "priced", "reconcile", "refuse"]
 
 _DOWNLOADS = 3
 _PAUSE = 0.5
@@ -45,10 +45,10 @@ def ingest(job: Job, status: BatchStatus, backend: BatchBackend, store: Store) -
     else:
         answers = reconcile(keys, replies, status.why)
     refused = answers.filter(pl.col("state") == ACCOUNT)
-    _keep(answers.filter(pl.col("state") != ACCOUNT), job, backend, store)
+    keep(answers.filter(pl.col("state") != ACCOUNT), job, backend, store)
     job = _close(job, State.INGESTED, answers, store)
     store.results.compact()  # many small jobs would become many small files
-    _blame_account(refused, backend)
+    blame_account(refused, backend)
     return job
 
 
@@ -77,7 +77,7 @@ def refuse(job: Job, status: BatchStatus, backend: BatchBackend, store: Store) -
         .replace_strict(dict(status.bad_lines), default=None, return_dtype=pl.String)
         .fill_null(status.why),
     )
-    _keep(answers, job, backend, store)
+    keep(answers, job, backend, store)
     return _close(job, State.FAILED, answers, store, reason=status.why)
 
 
@@ -113,16 +113,18 @@ def reconcile(keys: pl.DataFrame, replies: pl.DataFrame, why: str) -> pl.DataFra
     )
 
 
-def priced(answers: pl.DataFrame, model: str, base_url: str | None, backend: BatchBackend) -> pl.DataFrame:
+def priced(
+    answers: pl.DataFrame, model: str, base_url: str | None, backend: BatchBackend | LiveBackend
+) -> pl.DataFrame:
     """Answers with what each cost; null where that is not known, and for failures: they are not billed."""
     counts = ("input_tokens", "cached_input_tokens", "cache_write_tokens", "output_tokens")
-    if not set(counts) <= set(answers.columns):
-        return answers  # nothing was answered
+    if not set(counts) <= set(answers.columns) or "cost_usd" in answers.columns:
+        return answers  # nothing was answered, or whoever answered says what it cost
     cost = cost_usd(
         answers.select("input_tokens", pl.col(counts[1:3]).fill_null(0), "output_tokens"),
         provider=backend.provider,
         model=model,
-        mode="batch",
+        mode="batch" if is_batch(backend) else "realtime",
         prices=backend.prices,
         base_url=base_url,
     )
@@ -161,7 +163,8 @@ def _all(keys: pl.DataFrame, state: int, kind: str, message: str) -> pl.DataFram
     )
 
 
-def _keep(answers: pl.DataFrame, job: Job, backend: BatchBackend, store: Store) -> None:
+def keep(answers: pl.DataFrame, job: Job, backend: BatchBackend | LiveBackend, store: Store) -> None:
+    """Make answers durable, with what they cost and the job that they came by."""
     facts = answers.with_columns(
         provider=pl.lit(job.provider),
         job_id=pl.lit(job.id),
@@ -182,12 +185,13 @@ def _close(
     return job
 
 
-def _blame_account(refused: pl.DataFrame, backend: BatchBackend) -> None:
+def blame_account(refused: pl.DataFrame, backend: BatchBackend | LiveBackend) -> None:
+    """Raise AccountError if any request was refused for a reason of the account."""
     if refused.is_empty():
         return
     kind, message = refused.select("error", "error_message").row(0)
     raise AccountError(
-        f"{backend.provider} refused {refused.height:,} requests of the batch for a reason of the"
+        f"{backend.provider} refused {refused.height:,} requests for a reason of the"
         f" account ({kind}): {message}",
         provider=backend.provider,
         kind=kind,

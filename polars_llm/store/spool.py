@@ -65,6 +65,10 @@ class Spool:
         with self._lock:
             self._prefixes.pop(job_id, None)
 
+    def has_keys(self, job_id: str) -> bool:
+        """Is the keys file there?"""
+        return self._path(job_id, "keys.arrow").exists()
+
     def keys(self, job_ids: Sequence[str]) -> pl.DataFrame:
         """``key``, ``attempt``, ``job_id`` of these jobs, job by job in the order of their lines.
 

@@ -1,0 +1,130 @@
+"""Answers while the process waits: realtime calls, an engine in this process, a cluster.
+
+The same claim as for batches keeps others from asking the same; it lives as long as this process. Each
+block of replies is durable before the next is asked for, so that an interrupted run goes on where it
+stopped, and at most what was in flight is paid for twice.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import time
+from collections.abc import Sequence
+
+import polars as pl
+
+from polars_llm.answer import ACCOUNT, FAILED, RETRY
+from polars_llm.backends.base import CallFailed, LiveBackend
+from polars_llm.job import Job, State
+from polars_llm.jobs.claim import claim, one_run
+from polars_llm.jobs.ingest import blame_account, keep
+from polars_llm.jobs.lookup import Policy, prefixes
+from polars_llm.jobs.submit import release
+from polars_llm.progress import Progress
+from polars_llm.request import Requests
+from polars_llm.store import Store
+
+__all__ = ["run_live"]
+
+# Seconds between two notes in the ledger of how far a run is: each is a durable write.
+_NOTE_EVERY = 5.0
+
+
+def run_live(backend: LiveBackend, missing: Sequence[Requests], store: Store, policy: Policy) -> int:
+    """Claim what nobody has answered or claimed, and answer it; the number of requests asked.
+
+    What failed for a passing reason is asked again, as often as the policy says.
+
+    Raises
+    ------
+    ProviderError, AccountError
+        The run stopped. What was answered before is kept; the message says so.
+    """
+    asked = 0
+    wanted = list(missing)
+    while wanted:
+        with store.directory.submitter() as owner:
+            drafted = claim(wanted, lambda w: one_run(backend, w, store, owner), store, policy)
+            jobs, claimed = drafted
+            if not jobs:
+                return asked
+            failed = _run(jobs[0], backend, claimed, store)
+        asked += sum(r.height for r in claimed)
+        wanted = _again(claimed, failed, policy)
+    return asked
+
+
+def _run(job: Job, backend: LiveBackend, requests: Sequence[Requests], store: Store) -> pl.DataFrame:
+    """One run; returns the keys that failed for a passing reason."""
+    job = store.ledger.move(job, State.RUNNING)
+    run = _Run(job, backend, store, pl.concat([r.frame.select("key", "attempt") for r in requests]))
+    try:
+        with (
+            Progress(job.requests, "LLM answers") as bar,
+            contextlib.closing(backend.run(requests)) as blocks,
+        ):
+            for replies in blocks:
+                run.take(replies)
+                bar.update(run.done + run.failed)
+    except CallFailed as error:
+        raise error.public(f"asking {job.requests:,} requests") from error
+    finally:
+        run.end()
+    blame_account(run.refused, backend)
+    return run.retry
+
+
+@dataclasses.dataclass(slots=True)
+class _Run:
+    """How far a run is."""
+
+    job: Job
+    backend: LiveBackend
+    store: Store
+    waiting: pl.DataFrame
+    done: int = 0
+    failed: int = 0
+    noted: float = dataclasses.field(default_factory=time.monotonic)
+    retry: pl.DataFrame = dataclasses.field(default_factory=lambda: pl.DataFrame(schema={"key": pl.Binary}))
+    refused: pl.DataFrame = dataclasses.field(default_factory=pl.DataFrame)
+
+    def take(self, replies: pl.DataFrame) -> None:
+        """Make a block durable."""
+        answers = self.waiting.join(replies, on="key", how="inner").unique("key", maintain_order=True)
+        self.waiting = self.waiting.join(answers, on="key", how="anti")
+        refused = pl.col("state") == ACCOUNT
+        self.refused = pl.concat([self.refused, answers.filter(refused)], how="diagonal")
+        keep(answers.filter(~refused), self.job, self.backend, self.store)
+        self.retry = pl.concat([self.retry, answers.filter(pl.col("state") == RETRY).select("key")])
+        failed = answers.filter(pl.col("state") >= FAILED).height
+        self.failed += failed
+        self.done += answers.height - failed
+        if time.monotonic() - self.noted > _NOTE_EVERY:
+            self.noted = time.monotonic()
+            self.job = self.store.ledger.move(self.job, State.RUNNING, done=self.done, failed=self.failed)
+
+    def end(self) -> None:
+        """Close the job, whatever happened; what was not answered is free again."""
+        facts = {"done": self.done, "failed": self.failed}
+        if self.waiting.is_empty():
+            self.store.ledger.move(self.job, State.INGESTED, **facts)
+            self.store.spool.remove(self.job.id)
+        else:
+            job = self.store.ledger.move(self.job, State.RUNNING, **facts)
+            release(job, self.store, reason=f"it stopped with {self.waiting.height:,} requests unanswered")
+        self.store.results.compact()  # a block a second makes many small files
+
+
+def _again(requests: Sequence[Requests], failed: pl.DataFrame, policy: Policy) -> list[Requests]:
+    """Those of the requests that failed for a passing reason and may be asked once more."""
+    keys = prefixes(failed)
+    again = []
+    for r in requests:
+        frame = r.frame.filter(
+            prefixes(r.frame).is_in(keys.implode()), pl.col("attempt") < policy.max_attempts
+        )
+        frame = frame.with_columns(pl.col("attempt") + 1)
+        if frame.height:
+            again.append(dataclasses.replace(r, frame=frame))
+    return again
