@@ -23,6 +23,7 @@ from polars_llm.errors import (
     ResultsGone,
     UnansweredInput,
 )
+from polars_llm.frame.engine import Engine
 from polars_llm.models import Anthropic, OpenAI
 from polars_llm.namespace import register
 from polars_llm.operate import abandon, cancel, jobs, recover, results
@@ -36,6 +37,7 @@ __all__ = [
     "CacheError",
     "CacheUnsafe",
     "Config",
+    "Engine",
     "InvalidRequest",
     "JobsPending",
     "LLMWarning",

@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Any, TypeVar, Unpack
 
 import polars as pl
 
+from polars_llm.config import OnPending
 from polars_llm.errors import LLMWarning
-from polars_llm.frame import nodes, verbs
+from polars_llm.frame import engine, nodes, verbs
 from polars_llm.frame.verbs import GenerateOptions
 
 if TYPE_CHECKING:
@@ -146,6 +147,66 @@ class LLMLazyFrame:
     def generate(self, prompt: IntoExpr, **options: Unpack[GenerateOptions]) -> pl.LazyFrame:
         return nodes.lazily(self._frame, verbs.generate(prompt, **options))
 
+    def collect(self, *, on_pending: OnPending = "wait", **options: Any) -> pl.DataFrame:
+        """Collect the query, driving all its LLM verbs to the end.
+
+        The plan runs, everything that any verb is missing is sent as one job for each model, and when it
+        is answered the plan runs again, until nothing is missing. A verb that reads another one's answers
+        is asked in the next round.
+
+        Parameters
+        ----------
+        on_pending
+            ``"wait"`` (default) stays, with one progress display; Ctrl+C stops the waiting, not the jobs.
+            ``"raise"`` sends what can be sent and raises `JobsPending`; the same line goes on from there.
+            ``"null"`` sends it and gives what is there. It takes the place of what the verbs say.
+        **options
+            As for `polars.LazyFrame.collect`, less ``engine``: it is the streaming engine.
+
+        Returns
+        -------
+        DataFrame
+            The result of the query.
+
+        Raises
+        ------
+        JobsPending
+            With ``on_pending="raise"``, while answers are missing.
+        RequestsFailed
+            A verb has ``on_error="raise"`` and one of its requests failed for good.
+        UnansweredInput
+            The plan asks for other rows each time that it runs (it samples, for instance). Nothing more is
+            sent then.
+        ProviderError, CacheError
+            The provider said no, or the cache directory cannot be used.
+
+        Notes
+        -----
+        Costs what the verbs in the query cost, for the rows that it needs.
+        """
+        return engine.collect(self._frame, on_pending, **options)
+
+    def sink_parquet(self, path: Any, *, on_pending: OnPending = "wait", **options: Any) -> None:
+        """Write the query to a Parquet file, driving all its LLM verbs to the end first.
+
+        Nothing is written before every answer is there. The plan runs once more for the file.
+
+        Parameters
+        ----------
+        path
+            As for `polars.LazyFrame.sink_parquet`.
+        on_pending
+            As for `collect`; with ``"null"`` a file is written only if nothing is missing.
+        **options
+            As for `polars.LazyFrame.sink_parquet`, less ``engine`` and ``lazy``.
+
+        Raises
+        ------
+        JobsPending, RequestsFailed, UnansweredInput, ProviderError, CacheError
+            As for `collect`.
+        """
+        engine.sink(self._frame, lambda: self._frame.sink_parquet(path, **options), on_pending)
+
 
 class LLMExpr:
     """LLM verbs on an expression of prompts: each is an expression of answers."""
@@ -161,8 +222,9 @@ class LLMExpr:
         what="The answers, named `name`; the whole column is asked at once.",
         late="When evaluated",
     )
-    def generate(self, **options: Unpack[GenerateOptions]) -> pl.Expr:
-        return nodes.expression(verbs.generate(self._expr, **options))
+    def generate(self, *, pushdown: bool | None = None, **options: Unpack[GenerateOptions]) -> pl.Expr:
+        verb = verbs.generate(self._expr, **options)
+        return nodes.expression(verb, pushdown=engine.is_active() if pushdown is None else pushdown)
 
 
 class LLMSeries:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import polars as pl
 
@@ -17,7 +17,7 @@ from polars_llm.jobs.lookup import Policy
 from polars_llm.request import custom_ids
 from polars_llm.store import Store
 
-__all__ = ["FULL", "STATUS", "Failures", "column"]
+__all__ = ["FULL", "STATUS", "Failures", "column", "warn"]
 
 STATUS = pl.Enum(["done", "pending", "failed"])
 
@@ -125,6 +125,15 @@ class Failures:
         self._failed: list[pl.DataFrame] = []
         self._asked = 0
 
+    @classmethod
+    def together(cls, parts: Sequence[Failures]) -> Failures:
+        """Counts of several parts of one column as one."""
+        first = parts[0]
+        whole = cls(first._store, first._policy)
+        whole._failed = [frame for part in parts for frame in part._failed]
+        whole._asked = sum(part._asked for part in parts)
+        return whole
+
     def count(self, found: pl.DataFrame, pending: Pending | None) -> None:
         """Note the failures among `found`, each request once."""
         self._asked += found["key"].drop_nulls().n_unique()
@@ -148,7 +157,12 @@ class Failures:
         )
         if on_error == "raise":
             raise RequestsFailed(fact, failed=failed.height, kinds=counts, hint=hint)
-        warnings.warn(LLMWarning(f"{fact}\n\nHint: {hint}"), stacklevel=_users_line())
+        warn(f"{fact}\n\nHint: {hint}")
+
+
+def warn(message: str) -> None:
+    """Warn at the user's line."""
+    warnings.warn(LLMWarning(message), stacklevel=_users_line())
 
 
 def _users_line() -> int:

@@ -1,93 +1,282 @@
-"""How a verb lives in a plan: direct on a frame, a streaming source, a main-thread node, an expression.
+"""How verbs live in a plan: direct on a frame, a streaming source, a main-thread node, an expression.
 
 - A DataFrame or Series calls the heart directly: main thread, exceptions and Ctrl+C whole.
-- A LazyFrame verb is an IO source of its own (`source`): filters, columns and limits that do not read
-  the answer go below it, rows stream through it, and the plan can be described without running.
-- Where it may take long (``on_pending="wait"``) it is a `LazyFrame.map_batches` (`on_main_thread`),
-  which both engines call on the main thread, so that Ctrl+C works.
-- An expression (`expression`) sees the whole column.
+- A LazyFrame verb is an IO source of its own (`_source`): filters, columns and limits that do not read the
+  answer go below it, rows stream through it, and the plan can be described without running. Verbs that
+  follow one another and do not read each other's answers share one source, and are sent together.
+- Where it may take long (``on_pending="wait"``, live backends) it is a `LazyFrame.map_batches`
+  (`_on_main_thread`), which both engines call on the thread that collects, so that Ctrl+C works.
+- An expression (`expression`) sees the whole column, or, with ``pushdown=True``, any part of it.
+
+In a driven evaluation (`polars_llm.frame.engine`) none of them sends anything: they say what they want.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import functools
+import weakref
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import polars as pl
 from polars.io.plugins import register_io_source
 
-from polars_llm.errors import PolarsLLMError
-from polars_llm.frame.verbs import PROMPT, SAMPLE, SYSTEM, Verb, checked
+from polars_llm.backends.base import is_batch
+from polars_llm.errors import PolarsLLMError, UnansweredInput
+from polars_llm.frame.column import warn
+from polars_llm.frame.scope import Missing, Occurrence, Scope, Staged, grouped, inside, mark
+from polars_llm.frame.verbs import PROMPT, Verb, Wanted, bring, checked
 from polars_llm.jobs.evaluate import Pending
 from polars_llm.jobs.lookup import unanswered
 from polars_llm.request import Requests
+from polars_llm.store.spool import Scratch
 
-__all__ = ["expression", "lazily", "on_frame", "on_series"]
-
-_OURS = (PROMPT, SYSTEM, SAMPLE)
+__all__ = ["expression", "lazily", "never_ends", "on_frame", "on_series"]
 
 
 def on_frame(frame: pl.DataFrame, verb: Verb) -> pl.DataFrame:
     """The frame with the answers as a column."""
-    return frame.with_columns(verb.answer(_inputs(frame, verb)))
+    return _answer(frame, [verb], _send)
 
 
 def on_series(series: pl.Series, verb: Verb) -> pl.Series:
     """The answers to a series of prompts."""
-    return verb.answer(series.alias(PROMPT).to_frame())
+    return _answer(series.alias(PROMPT).to_frame(), [verb], _send)[verb.name]
 
 
-def _inputs(frame: pl.DataFrame, verb: Verb) -> pl.DataFrame:
+# --- what is done about missing answers -----------------------------------------------------------------
+
+
+def _send(wanted: Sequence[Wanted]) -> Pending | None:
+    """Send them now."""
+    return bring(wanted)
+
+
+class _InPlan:
+    """Verbs at one place of a plan, in one evaluation of it.
+
+    Parameters
+    ----------
+    verb
+        The place.
+    upstream
+        The evaluation of what they read, where that is one of its own.
+    """
+
+    def __init__(self, verb: Occurrence, upstream: bool = False) -> None:
+        self._verb = verb
+        self._scopes = verb.scopes()
+        self.staged: Staged | None = next((s.staged for s in self._scopes if s.staged is not None), None)
+        self.upstream = Scope(self._scopes, self.staged) if upstream else None
+
+    def policy_of(self, verb: Verb) -> Verb:
+        """In a later pass nothing is retried that failed in an earlier one."""
+        return verb.once() if self.staged is not None and self.staged.again else verb
+
+    @property
+    def blocked(self) -> bool:
+        """Do they read, or may they read, an answer that is still to come?"""
+        if self.upstream is not None:
+            return not self.upstream.complete
+        return any(scope.blocks(self._verb) for scope in self._scopes)
+
+    def missing(self) -> None:
+        """From here on rows go out that are not all answered."""
+        self._note(answered=False)
+
+    def decide(self, wanted: Sequence[Wanted]) -> Pending | None:
+        """Send what is missing, leave that to the driver, or leave it altogether."""
+        if self.staged is not None:
+            self._stage(wanted, self.staged)
+            return None
+        if self.blocked:
+            self._note(answered=False)
+            if any(verb.on_pending == "raise" for verb, _ in wanted):
+                raise _unanswered_input(wanted)
+            return None
+        pending = bring(wanted)
+        self._note(answered=not pending.jobs)
+        return pending
+
+    def want(self, wanted: Sequence[Wanted]) -> None:
+        """Tell the driver what is missing."""
+        if wanted and self.staged is not None:
+            self.staged.want(self._verb, wanted)
+
+    def done(self) -> None:
+        """Every row was answered; they may still have been asked with an input that was not."""
+        self._note(answered=self.upstream is None or self.upstream.complete)
+
+    def _stage(self, wanted: Sequence[Wanted], staged: Staged) -> None:
+        if staged.final:
+            raise never_ends(wanted)
+        if not self.blocked:
+            staged.want(self._verb, wanted)
+        self._note(answered=False)
+        if staged.strict:
+            raise Missing("answers are missing")
+
+    def _note(self, *, answered: bool) -> None:
+        for scope in self._scopes:
+            scope.note(self._verb, answered=answered)
+
+    def close(self) -> None:
+        """The evaluation of what they read is over."""
+        if self.upstream is not None:
+            self.upstream.close()
+
+
+def _unanswered_input(wanted: Sequence[Wanted]) -> UnansweredInput:
+    names = ", ".join(repr(verb.name) for verb, _ in wanted)
+    return UnansweredInput(
+        f"{names} reads answers that are not there yet.",
+        hint="run the same line again later, or lf.llm.collect(), which waits for one after the other."
+        " Nothing was sent for it.",
+    )
+
+
+def never_ends(wanted: Sequence[Wanted]) -> UnansweredInput:
+    """The error for a plan that can't be driven to its end."""
+    names = ", ".join(repr(verb.name) for verb, _ in wanted)
+    return UnansweredInput(
+        f"{names} asks for other rows in every evaluation: the plan samples, or its input changes.",
+        hint="collect what it reads first, then ask. What was sent is kept and not paid for again.",
+    )
+
+
+# --- frames -------------------------------------------------------------------------------------------
+
+
+def _answer(
+    frame: pl.DataFrame, verbs: Sequence[Verb], decide: Callable[[Sequence[Wanted]], Pending | None]
+) -> pl.DataFrame:
+    """The whole frame at once, with the answers of verbs side by side."""
+    asked = [_Asked(verb, _rows(frame, verb)) for verb in verbs]
+    wanted = [(a.verb, requests) for a in asked if (requests := a.missing()) is not None]
+    pending = decide(wanted) if wanted else None
+    columns = []
+    for a in asked:
+        if wanted:
+            a.look_again()
+        failures = a.verb.failures()
+        failures.count(a.found, pending)
+        failures.report(a.verb.on_error)
+        columns.append(a.verb.lay(a.found, a.rows, pending))
+    return frame.with_columns(columns)
+
+
+class _Asked:
+    """Rows of one verb, looked up."""
+
+    def __init__(self, verb: Verb, rows: pl.DataFrame) -> None:
+        self.verb = verb
+        self.rows = checked(rows)
+        self._keys = verb.keys(self.rows)
+        self.look_again()
+
+    def look_again(self) -> None:
+        self.found = self.verb.store.results.find(self._keys)
+
+    def missing(self) -> Requests | None:
+        if unanswered(self.found, self.verb.policy).is_empty():
+            return None
+        return self.verb.requests(self.rows, self.found)
+
+
+def _rows(frame: pl.DataFrame, verb: Verb) -> pl.DataFrame:
     # with_columns first: a literal prompt is broadcast to the height of the frame.
     read = verb.inputs()
     return frame.with_columns(read).select(e.meta.output_name() for e in read)
 
 
+# --- lazy frames --------------------------------------------------------------------------------------
+
+# What each lazy frame of ours was made of, as long as it lives: the next verb on it may go beside the last.
+_built: dict[int, tuple[weakref.ref[pl.LazyFrame], pl.LazyFrame, tuple[Verb, ...]]] = {}
+
+
 def lazily(lf: pl.LazyFrame, verb: Verb) -> pl.LazyFrame:
     """The lazy frame with the answers as a column; nothing runs now."""
-    return on_main_thread(lf, verb) if verb.on_pending == "wait" else source(lf, verb)
+    base, before = _beside(lf, verb)
+    verbs = (*before, verb)
+    made = _on_main_thread(base, verbs) if _takes_long(verb) else _source(base, verbs)
+    at = id(made)
+    _built[at] = (weakref.ref(made, lambda _: _built.pop(at, None)), base, verbs)
+    return made
 
 
-def on_main_thread(lf: pl.LazyFrame, verb: Verb) -> pl.LazyFrame:
-    """A node that both engines call once, on the main thread, with the whole frame."""
+def _takes_long(verb: Verb) -> bool:
+    return verb.on_pending == "wait" or not is_batch(verb.backend)
+
+
+def _beside(lf: pl.LazyFrame, verb: Verb) -> tuple[pl.LazyFrame, tuple[Verb, ...]]:
+    """What `lf` adds answers to, and those verbs, if this one can be asked at the same time."""
+    made = _built.get(id(lf))
+    if made is None or made[0]() is not lf:
+        return lf, ()
+    _, base, verbs = made
+    names = {v.name for v in verbs}
+    alike = all(
+        (v.policy, v.on_pending, v.cache_dir, _takes_long(v))
+        == (verb.policy, verb.on_pending, verb.cache_dir, _takes_long(verb))
+        for v in verbs
+    )
+    if not alike or verb.name in names:
+        return lf, ()
+    roots = [root for e in verb.inputs() for root in e.meta.root_names()]
+    # A wildcard or a selector would see the answers as well.
+    if names.intersection(roots) or not set(roots) <= set(base.collect_schema().names()) or not roots:
+        return lf, ()
+    return base, verbs
+
+
+def _schema(lf: pl.LazyFrame, verbs: Sequence[Verb]) -> pl.Schema:
+    return pl.Schema({**lf.collect_schema(), **{verb.name: verb.dtype for verb in verbs}})
+
+
+def _on_main_thread(lf: pl.LazyFrame, verbs: Sequence[Verb]) -> pl.LazyFrame:
+    """A node that both engines call once, on the thread that collects, with the whole frame."""
+    place = Occurrence()
 
     def call(frame: pl.DataFrame) -> pl.DataFrame:
-        return on_frame(frame, verb)
+        here = _InPlan(place)
+        return _answer(frame, [here.policy_of(v) for v in verbs], here.decide)
 
-    # Filters may only pass below where the answer is a new column: Polars would otherwise apply a
+    # Filters may only pass below where the answers are new columns: Polars would otherwise apply a
     # predicate on the old column of that name.
-    fresh = verb.name not in lf.collect_schema().names()
-    schema = {**lf.collect_schema(), verb.name: verb.dtype}
-    return lf.map_batches(call, predicate_pushdown=fresh, schema=schema)
+    fresh = not {v.name for v in verbs}.intersection(lf.collect_schema().names())
+    return lf.map_batches(call, predicate_pushdown=fresh, schema=_schema(lf, verbs))
 
 
-def source(lf: pl.LazyFrame, verb: Verb) -> pl.LazyFrame:
+def _source(lf: pl.LazyFrame, verbs: Sequence[Verb]) -> pl.LazyFrame:
     """An IO source that runs `lf` and adds the answers, as far as the rest of the query needs them."""
+    place = Occurrence()
 
     def schema() -> pl.Schema:
-        return pl.Schema({**lf.collect_schema(), verb.name: verb.dtype})
+        place.planned()
+        return _schema(lf, verbs)
 
     def run(
         columns: list[str] | None, predicate: pl.Expr | None, limit: int | None, size: int | None
     ) -> Iterator[pl.DataFrame]:
-        wanted = columns if columns is not None else list(schema())
-        below, above = _split(predicate, verb.name)
+        wanted = columns if columns is not None else _schema(lf, verbs).names()
+        below, above = _split(predicate, {v.name for v in verbs})
         upstream = lf if below is None else lf.filter(below)
         if limit is not None and above is None:
             upstream = upstream.head(limit)
-        if verb.name not in wanted and above is None:
+        keep = set(wanted) | set(above.meta.root_names() if above is not None else ())
+        asked = [v for v in verbs if v.name in keep]
+        if not asked:
             yield from _batches(upstream.select(wanted), size)
             return
-        keep = set(wanted) | set(above.meta.root_names() if above is not None else ())
-        passed = [name for name in lf.collect_schema().names() if name in keep - {verb.name}]
-        rows = _with_inputs(upstream, verb, passed)
+        passed = [n for n in lf.collect_schema().names() if n in keep - {v.name for v in asked}]
         left = limit
-        for batch in _answered(_batches(rows, size), verb):
+        for batch in _streamed(upstream, asked, passed, size, place):
             out = batch if above is None else batch.filter(above)
             out = out.select(wanted) if left is None else out.select(wanted).head(left)
             left = None if left is None else left - out.height
             yield out
-            if left == 0:
+            if left == 0 and above is not None:
                 return
 
     def whole(*arguments: Any) -> Iterator[pl.DataFrame]:
@@ -101,17 +290,12 @@ def source(lf: pl.LazyFrame, verb: Verb) -> pl.LazyFrame:
 _WRAPS_EXCEPTIONS = int(pl.__version__.split(".")[0]) < 2
 
 
-def _with_inputs(lf: pl.LazyFrame, verb: Verb, passed: list[str]) -> pl.LazyFrame:
-    read = verb.inputs()
-    return lf.with_columns(read).select(*passed, *(e.meta.output_name() for e in read))
-
-
-def _split(predicate: pl.Expr | None, name: str) -> tuple[pl.Expr | None, pl.Expr | None]:
-    """(what does not read the answer, what does); a conjunction is taken apart."""
+def _split(predicate: pl.Expr | None, names: set[str]) -> tuple[pl.Expr | None, pl.Expr | None]:
+    """(what does not read the answers, what does); a conjunction is taken apart."""
     below: pl.Expr | None = None
     above: pl.Expr | None = None
     for part in _conjuncts(predicate) if predicate is not None else ():
-        if name in part.meta.root_names():
+        if names.intersection(part.meta.root_names()):
             above = part if above is None else above & part
         else:
             below = part if below is None else below & part
@@ -134,49 +318,200 @@ def _batches(lf: pl.LazyFrame, size: int | None) -> Iterator[pl.DataFrame]:
     return iter(lf.collect_batches(chunk_size=size or 100_000, maintain_order=True))
 
 
-def _answered(batches: Iterator[pl.DataFrame], verb: Verb) -> Iterator[pl.DataFrame]:
-    """Each batch with its answers; all that is missing anywhere is sent as one.
+def _streamed(
+    lf: pl.LazyFrame, verbs: Sequence[Verb], passed: list[str], size: int | None, place: Occurrence
+) -> Iterator[pl.DataFrame]:
+    """Batches of `passed` columns with the answers; all that is missing anywhere is sent together.
 
-    As long as every row is answered, batches stream through. From the first missing answer on,
-    requests are gathered to the end of the input and sent together.
+    As long as every row is answered, batches stream through. From the first missing answer on they go to
+    disk, and to the end of the input requests are gathered.
     """
-    store, failures = verb.store, verb.failures()
-    gathered: list[Requests] = []
-    waiting: list[pl.DataFrame] = []
+    here = _InPlan(place, upstream=True)
+    assert here.upstream is not None
+    asking = [_Asking(here.policy_of(verb), number) for number, verb in enumerate(verbs)]
+    rows = lf.with_columns(e for a in asking for e in a.inputs)
+    rows = rows.select(*passed, *(e.meta.output_name() for a in asking for e in a.inputs))
+    try:
+        with verbs[0].store.spool.scratch() as waiting:
+            yield from _through(_within(here.upstream, rows, size), asking, here, waiting)
+        if here.staged is not None and here.blocked:
+            here.want(_beyond_doubt(rows, asking, size))
+    finally:
+        here.close()
 
-    def lay(batch: pl.DataFrame, pending: Pending | None) -> pl.DataFrame:
-        rows = checked(batch.select(c for c in _OURS if c in batch.columns))
-        found = store.results.find(verb.keys(rows))
-        failures.count(found, pending)
-        return batch.drop(*rows.columns).with_columns(verb.lay(found, rows, pending))
 
-    for batch in batches:
-        rows = checked(batch.select(c for c in _OURS if c in batch.columns))
-        found = store.results.find(verb.keys(rows))
-        if not unanswered(found, verb.policy).is_empty():
-            gathered.append(verb.requests(rows, found))
-        if gathered:
-            waiting.append(batch)
-            continue
-        failures.count(found, None)
-        yield batch.drop(*rows.columns).with_columns(verb.lay(found, rows, None))
-    if gathered:
-        frame = pl.concat([r.frame for r in gathered]).unique("key", maintain_order=True)
-        pending = verb.bring(Requests(verb.header, frame))
+def _within(scope: Scope, rows: pl.LazyFrame, size: int | None) -> Iterator[pl.DataFrame]:
+    """The batches of a plan, as a part of an evaluation."""
+    with scope.planning(rows):
+        rows.collect_schema()  # asks the sources in it for their schemas, on this thread
+    return _batches(rows, size)
+
+
+def _beyond_doubt(rows: pl.LazyFrame, asking: Sequence[_Asking], size: int | None) -> list[Wanted]:
+    """What is missing of verbs whose own inputs do not read what is unanswered in the rows that they pass.
+
+    Polars tells: where the inputs alone are selected, a verb that they do not read is not asked.
+    """
+    wanted: list[Wanted] = []
+    for a in asking:
+        scope = Scope(staged=Staged())
+        try:
+            for batch in _within(scope, rows.select(a.names), size):
+                a.look(batch)
+        finally:
+            scope.close()
+        found = a.wanted()
+        if scope.complete:
+            wanted += found
+    return wanted
+
+
+def _through(
+    batches: Iterator[pl.DataFrame], asking: Sequence[_Asking], here: _InPlan, waiting: Scratch
+) -> Iterator[pl.DataFrame]:
+    missing = False
+    try:
+        for batch in batches:
+            looked = [a.look(batch) for a in asking]
+            if not missing and any(a.requests for a in asking):
+                missing = True
+                if here.staged is not None:
+                    here.missing()
+            if missing and here.staged is None:
+                waiting.append(batch)
+                continue
+            yield _laid(batch, asking, looked, None)
+    except GeneratorExit:
+        # The query has enough rows; those before have to be answered all the same.
+        if missing and here.staged is not None:
+            here.decide([w for a in asking for w in a.wanted()])
+        raise
+    if missing:
+        pending = here.decide([w for a in asking for w in a.wanted()])
         for batch in waiting:
-            yield lay(batch, pending)
-    failures.report(verb.on_error)
+            yield _laid(batch, asking, [a.look_again(batch) for a in asking], pending)
+    else:
+        here.done()
+    for a in asking:
+        if here.staged is None:
+            a.failures.report(a.verb.on_error)
+        else:
+            here.staged.failed(a.verb, a.failures)
 
 
-def expression(verb: Verb) -> pl.Expr:
-    """The verb on a whole column, as an expression."""
+def _laid(
+    batch: pl.DataFrame, asking: Sequence[_Asking], looked: Sequence[_Asked], pending: Pending | None
+) -> pl.DataFrame:
+    columns = []
+    for a, asked in zip(asking, looked, strict=True):
+        a.failures.count(asked.found, pending)
+        columns.append(a.verb.lay(asked.found, asked.rows, pending))
+    return batch.drop(n for a in asking for n in a.names).with_columns(columns)
+
+
+class _Asking:
+    """One of the verbs side by side, over all batches of an evaluation."""
+
+    def __init__(self, verb: Verb, number: int) -> None:
+        self.verb = verb
+        self.failures = verb.failures()
+        self.requests: list[Requests] = []
+        read = verb.inputs()
+        self.names = [f"{e.meta.output_name()}_{number}" for e in read]
+        self.inputs = [e.alias(n) for e, n in zip(read, self.names, strict=True)]
+        self._own = [e.meta.output_name() for e in read]
+
+    def look(self, batch: pl.DataFrame) -> _Asked:
+        """Look the rows of a batch up, and keep what is missing."""
+        asked = self.look_again(batch)
+        requests = asked.missing()
+        if requests is not None:
+            self.requests.append(requests)
+        return asked
+
+    def look_again(self, batch: pl.DataFrame) -> _Asked:
+        names = dict(zip(self.names, self._own, strict=True))
+        return _Asked(self.verb, batch.select(pl.col(n).alias(own) for n, own in names.items()))
+
+    def wanted(self) -> list[Wanted]:
+        """What is missing, each request once."""
+        if not self.requests:
+            return []
+        frame = pl.concat([r.frame for r in self.requests]).unique("key", maintain_order=True)
+        self.requests.clear()
+        return [(self.verb, self.verb.distinct(frame))]
+
+
+# --- expressions --------------------------------------------------------------------------------------
+
+
+def expression(verb: Verb, *, pushdown: bool) -> pl.Expr:
+    """The verb as an expression: on the whole column, or, with `pushdown`, on what of it is needed."""
     read = verb.inputs()
+    own = [e.meta.output_name() for e in read]
+    place = Occurrence(frozenset().union(*(inside(e) for e in read)))
+    at = mark(place)
+    ask = _pushed if pushdown else functools.partial(_whole, at=at)
 
     def call(rows: pl.Series) -> pl.Series:
         with _rebuilt():
-            return verb.answer(rows.struct.unnest())
+            frame = rows.struct.unnest()
+            return ask(frame.rename(dict(zip(frame.columns, own, strict=True))), verb, place)
 
-    return pl.struct(read).map_batches(call, return_dtype=verb.dtype).alias(verb.name)
+    # The occurrence is found by its mark, which is the name of the first input.
+    fields = pl.struct(read[0].alias(at), *read[1:])
+    made = fields.map_batches(call, return_dtype=verb.dtype, is_elementwise=pushdown)
+    return made.alias(verb.name)
+
+
+def _whole(rows: pl.DataFrame, verb: Verb, place: Occurrence, *, at: str) -> pl.Series:
+    here = _InPlan(place)
+    verb = here.policy_of(verb)
+
+    def decide(wanted: Sequence[Wanted]) -> Pending | None:
+        if here.staged is None and not here.blocked and grouped(at):
+            warn(
+                f"{verb.name!r} stands in a group_by or an over: each group is a job of its own.\n\n"
+                "Hint: build the prompts in the group_by and ask afterwards, or make the expression with"
+                " pushdown=True and collect with lf.llm.collect()."
+            )
+        return here.decide(wanted)
+
+    asked = _Asked(verb, rows)
+    requests = asked.missing()
+    pending = decide([(verb, requests)]) if requests is not None else None
+    if requests is None:
+        here.done()
+    else:
+        asked.look_again()
+    return _expressed(asked, pending, here)
+
+
+def _pushed(rows: pl.DataFrame, verb: Verb, place: Occurrence) -> pl.Series:
+    """Some rows, on any thread: nothing is sent from here."""
+    here = _InPlan(place)
+    asked = _Asked(here.policy_of(verb), rows)
+    requests = asked.missing()
+    if requests is not None:
+        if here.staged is None:
+            raise UnansweredInput(
+                f"{verb.name!r} was built with pushdown, and {requests.height:,} or more of its requests"
+                " have no answer.",
+                hint="lf.llm.collect(), or collect(engine=pllm.Engine()), sends them together. Nothing"
+                " was sent.",
+            )
+        here.decide([(verb, requests)])
+    return _expressed(asked, None, here)
+
+
+def _expressed(asked: _Asked, pending: Pending | None, here: _InPlan) -> pl.Series:
+    failures = asked.verb.failures()
+    failures.count(asked.found, pending)
+    if here.staged is None:
+        failures.report(asked.verb.on_error)
+    else:
+        here.staged.failed(asked.verb, failures)
+    return asked.verb.lay(asked.found, asked.rows, pending)
 
 
 class _rebuilt:  # noqa: N801

@@ -8,13 +8,13 @@ rows. How it lives in a plan is the business of `nodes`.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias, TypedDict, get_args
 
 import polars as pl
 
-from polars_llm.backends.base import BatchBackend, Options
+from polars_llm.backends.base import BatchBackend, LiveBackend, Options
 from polars_llm.config import OnError, OnPending, settings
 from polars_llm.errors import InvalidRequest
 from polars_llm.frame.column import FULL, Failures, column
@@ -27,7 +27,7 @@ from polars_llm.store import Store, open_store
 if TYPE_CHECKING:
     from polars._typing import IntoExpr
 
-__all__ = ["GenerateOptions", "Output", "Verb", "generate"]
+__all__ = ["GenerateOptions", "Output", "Verb", "Wanted", "bring", "generate", "needs"]
 
 Output: TypeAlias = Literal["value", "full"]
 
@@ -59,7 +59,8 @@ class GenerateOptions(TypedDict, total=False):
 class Verb:
     """One call of a verb, resolved."""
 
-    backend: BatchBackend
+    model: Model
+    backend: BatchBackend | LiveBackend
     header: RequestHeader
     name: str
     prompt: IntoExpr
@@ -110,36 +111,9 @@ class Verb:
             sample=pl.col(SAMPLE) if isinstance(self.sample, pl.Expr) else self.sample,
         )
 
-    def answer(self, rows: pl.DataFrame) -> pl.Series:
-        """Answers for the rows of `inputs`, in their order; sends what is missing.
-
-        Raises
-        ------
-        InvalidRequest
-            A dtype or value that cannot be sent; nothing was sent.
-        JobsPending
-            ``on_pending="raise"`` and not everything is there.
-        RequestsFailed
-            ``on_error="raise"`` and something failed for good.
-        """
-        rows = checked(rows)
-        keys = self.keys(rows)
-        found = self.store.results.find(keys)
-        pending: Pending | None = None
-        if not unanswered(found, self.policy).is_empty():
-            pending = self.bring(self.requests(rows, found))
-            found = self.store.results.find(keys)
-        failures = self.failures()
-        failures.count(found, pending)
-        failures.report(self.on_error)
-        return self.lay(found, rows, pending)
-
-    def bring(self, requests: Requests) -> Pending:
-        """Let the heart get these answers; raises JobsPending where the user wants to be told."""
-        pending = evaluate([Need(self.backend, [requests])], self.store, self.policy)
-        if pending.jobs and self.on_pending == "raise":
-            raise pending.error(self.policy.poll_interval)
-        return pending
+    def once(self) -> Verb:
+        """The same verb, which does not send again what has failed for good by now."""
+        return dataclasses.replace(self, policy=dataclasses.replace(self.policy, retry_failed=False))
 
     def requests(self, rows: pl.DataFrame, found: pl.DataFrame) -> Requests:
         """The distinct requests among `rows` that have no answer."""
@@ -154,6 +128,10 @@ class Verb:
             system=pl.lit(self.system, pl.String) if not isinstance(self.system, pl.Expr) else SYSTEM,
             sample=pl.lit(self.sample, pl.Int64) if not isinstance(self.sample, pl.Expr) else SAMPLE,
         )
+        return self.distinct(frame)
+
+    def distinct(self, frame: pl.DataFrame) -> Requests:
+        """Requests of this verb, from a frame of distinct ones."""
         return Requests(self.header, frame)
 
     def failures(self) -> Failures:
@@ -164,6 +142,56 @@ class Verb:
         """Answers on their rows."""
         full_key = self._key_hex().str.decode("hex") if self.output == "full" else None
         return column(found, rows, self.store, self.policy, pending, full_key).alias(self.name)
+
+
+Wanted: TypeAlias = tuple[Verb, Requests]
+"""What a verb has no answer to."""
+
+
+def bring(wanted: Sequence[Wanted]) -> Pending:
+    """Let the heart get these answers for verbs of one policy, everything in one evaluation.
+
+    Raises
+    ------
+    JobsPending
+        ``on_pending="raise"`` and not everything is there.
+    """
+    verb = wanted[0][0]
+    pending = evaluate(needs(wanted), verb.store, verb.policy)
+    if pending.jobs and verb.on_pending == "raise":
+        raise pending.error(verb.policy.poll_interval)
+    return pending
+
+
+def needs(wanted: Sequence[Wanted]) -> list[Need]:
+    """One need for each model and host: what can go into one batch goes together."""
+    groups: list[list[Wanted]] = []
+    for verb, requests in wanted:
+        for group in groups:
+            if _go_together(group[0][0], verb):
+                group.append((verb, requests))
+                break
+        else:
+            groups.append([(verb, requests)])
+    return [Need(group[0][0].backend, _merged([r for _, r in group])) for group in groups]
+
+
+def _go_together(a: Verb, b: Verb) -> bool:
+    def facts(verb: Verb) -> tuple[Any, ...]:
+        header, key = verb.header, getattr(verb.model, "api_key", None)
+        return verb.model, key, verb.backend.mode, header.endpoint, dict(header.headers)
+
+    return facts(a) == facts(b)
+
+
+def _merged(requests: Sequence[Requests]) -> list[Requests]:
+    """Those under one header in one frame, each request once."""
+    merged: dict[str, Requests] = {}
+    for r in requests:
+        name = r.header.digest()
+        frame = pl.concat([merged[name].frame, r.frame]) if name in merged else r.frame
+        merged[name] = Requests(r.header, frame.unique("key", keep="first", maintain_order=True))
+    return list(merged.values())
 
 
 def _expr(prompt: IntoExpr) -> pl.Expr:
@@ -247,8 +275,10 @@ def generate(
         reasoning_effort=reasoning_effort,
         params=params or {},
     )
-    backend = resolve(model or chosen.model).backend()
+    chosen_model = resolve(model or chosen.model)
+    backend = chosen_model.backend()
     return Verb(
+        model=chosen_model,
         backend=backend,
         header=backend.header(options),
         name=name,

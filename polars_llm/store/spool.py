@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import re
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from io import BytesIO
 from pathlib import Path
-from typing import BinaryIO
+from typing import IO, BinaryIO, Self
 
 import polars as pl
 
 from polars_llm.errors import CacheCorrupt
 from polars_llm.store.directory import os_errors, write_atomic
 
-__all__ = ["Spool"]
+__all__ = ["Scratch", "Spool"]
 
 _KEYS: dict[str, pl.DataType] = {"key": pl.Binary(), "attempt": pl.UInt16()}
 _KEY_BYTES = 32
@@ -117,6 +119,10 @@ class Spool:
         self._write(self.requests_path(job_id), write)
         return size
 
+    def scratch(self) -> Scratch:
+        """Room on disk for frames that would not fit into memory; nothing is made before it is used."""
+        return Scratch(self._directory)
+
     def remove(self, job_id: str) -> None:
         """Remove all files of a job, half-written ones included; missing ones are fine."""
         with self._lock:
@@ -180,6 +186,39 @@ class Spool:
         for job_id in self._prefixes.keys() - set(wanted):
             if not self._path(job_id, "keys.arrow").exists():
                 del self._prefixes[job_id]
+
+
+class Scratch:
+    """Frames on disk, in a file without a name: it is gone when the process is. A context manager."""
+
+    def __init__(self, directory: Path) -> None:
+        self._directory = directory
+        self._file: IO[bytes] | None = None
+        self._ends = [0]
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self._file is not None:
+            self._file.close()
+
+    def append(self, frame: pl.DataFrame) -> None:
+        """Put a frame behind the others."""
+        with os_errors(self._directory):
+            if self._file is None:
+                self._directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+                self._file = tempfile.TemporaryFile(dir=self._directory)  # noqa: SIM115 (closed at exit)
+            arrow = BytesIO()
+            frame.write_ipc(arrow, compression="lz4")
+            self._file.write(arrow.getbuffer())
+            self._ends.append(self._file.tell())
+
+    def __iter__(self) -> Iterator[pl.DataFrame]:
+        for start, end in itertools.pairwise(self._ends):
+            assert self._file is not None
+            self._file.seek(start)
+            yield pl.read_ipc(BytesIO(self._file.read(end - start)))
 
 
 def _head(content: bytes | memoryview) -> bytes:

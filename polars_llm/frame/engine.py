@@ -1,0 +1,340 @@
+"""Driving a query to its end: run the plan, send what is missing as one, wait, run it again.
+
+`collect` and `sink` are what ``lf.llm.collect()`` and ``lf.llm.sink_parquet()`` call. `Engine` is the same
+thing as an engine of Polars, for ``collect(engine=...)`` and `polars.Config.set_engine_affinity`; it stands
+on an interface that Polars calls unstable, and nothing else in this library does.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import collections
+import contextlib
+import dataclasses
+import threading
+import time
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
+from typing import Any, TypeVar, get_args
+
+import polars as pl
+
+from polars_llm.config import OnPending
+from polars_llm.errors import InvalidRequest
+from polars_llm.frame.column import Failures
+from polars_llm.frame.nodes import never_ends
+from polars_llm.frame.scope import Contended, Missing, Scope, Staged
+from polars_llm.frame.verbs import Wanted, needs
+from polars_llm.jobs.evaluate import Pending, evaluate
+
+__all__ = ["Engine", "collect", "is_active", "sink"]
+
+T = TypeVar("T")
+
+# A verb asks once its input is complete, so once is the rule; parts of an expression's column may be asked
+# one pass before the others. A verb that asks more often asks for something else each time.
+_MOST_PASSES = 2
+_PATIENCE_S = 10.0
+
+
+def collect(lf: pl.LazyFrame, on_pending: OnPending, **options: Any) -> pl.DataFrame:
+    """`LazyFrame.collect`, driven."""
+    made: pl.DataFrame = drive(lambda: lf.collect(engine="streaming", **options), [lf], on_pending)
+    return made
+
+
+def sink(lf: pl.LazyFrame, write: Callable[[], None], on_pending: OnPending) -> None:
+    """Drive `lf` to its end, and only then `write` it: no file is made of rows that are not all there."""
+    if settle([lf], on_pending):
+        _finally(write, [lf])
+
+
+def settle(plans: Sequence[pl.LazyFrame], on_pending: OnPending) -> bool:
+    """Drive the plans to their end and keep nothing; False if answers are still to come."""
+
+    def run() -> None:
+        pl.collect_all(
+            [lf.sink_batches(_drop, lazy=True, engine="streaming") for lf in plans], engine="streaming"
+        )
+
+    return _driven(run, plans, on_pending)[1]
+
+
+def _drop(_: pl.DataFrame) -> None:
+    return None
+
+
+def drive(run: Callable[[], T], plans: Sequence[pl.LazyFrame], on_pending: OnPending) -> T:
+    """Run something that evaluates `plans`, again and again until no answer is missing.
+
+    Parameters
+    ----------
+    run
+        Evaluates the plans on this thread.
+    plans
+        What it evaluates.
+    on_pending
+        ``"wait"`` stays to the end; ``"raise"`` sends what can be sent and raises; ``"null"`` sends it and
+        gives what is there.
+
+    Raises
+    ------
+    JobsPending
+        With ``"raise"``, while answers are missing.
+    RequestsFailed
+        A verb has ``on_error="raise"`` and a request of it failed for good.
+    UnansweredInput
+        The plan asks for other rows each time that it runs.
+    """
+    return _driven(run, plans, on_pending)[0]
+
+
+def _driven(run: Callable[[], T], plans: Sequence[pl.LazyFrame], on_pending: OnPending) -> tuple[T, bool]:
+    asked: collections.Counter[int] = collections.Counter()
+    again = False
+    while True:
+        staged = Staged(again=again, strict=any(_writes(lf) for lf in plans))
+        result, complete = _one_pass(run, plans, staged)
+        if complete:
+            _report(staged)
+            return result, True  # type: ignore[return-value]  # a complete pass has a result
+        asked.update(staged.places)
+        if not staged.wanted or max(asked.values()) > _MOST_PASSES:
+            raise never_ends(staged.wanted)
+        pending = _bring(staged.wanted, on_pending)
+        if pending is not None and pending[0].jobs:
+            if on_pending == "raise":
+                raise pending[0].error(pending[1])
+            _report(staged)
+            return result, False  # type: ignore[return-value]  # nothing writes with "null"
+        again = True
+
+
+def _one_pass(run: Callable[[], T], plans: Sequence[pl.LazyFrame], staged: Staged) -> tuple[T | None, bool]:
+    deadline = time.monotonic() + _PATIENCE_S
+    while True:
+        root = Scope(staged=staged)
+        try:
+            with root.planning(*plans):
+                return run(), root.complete
+        except Missing:
+            return None, False
+        except Contended:
+            # Another thread evaluates the same frame just now; it is told the same.
+            if time.monotonic() > deadline:
+                raise
+            staged.forget()
+            time.sleep(0.1)
+        finally:
+            root.close()
+
+
+def _finally(run: Callable[[], T], plans: Sequence[pl.LazyFrame]) -> T:
+    """One more pass of what was driven to its end; anything missing now is an error."""
+    root = Scope(staged=Staged(again=True, final=True))
+    try:
+        with root.planning(*plans):
+            return run()
+    finally:
+        root.close()
+
+
+def _writes(lf: pl.LazyFrame) -> bool:
+    """A sink as a plan: it must not write rows whose answers are missing."""
+    return lf.explain(optimized=False).lstrip().startswith("SINK")
+
+
+def _bring(wanted: Sequence[Wanted], on_pending: OnPending) -> tuple[Pending, float] | None:
+    """Send everything, then wait for everything; what is pending after that, and when to look again."""
+    groups: dict[Any, list[Wanted]] = {}
+    for verb, requests in wanted:
+        groups.setdefault((verb.cache_dir, verb.policy), []).append((verb, requests))
+    last: tuple[Pending, float] | None = None
+    for wait in (False, True) if on_pending == "wait" else (False,):
+        last = None
+        for group in groups.values():
+            verb = group[0][0]
+            # What failed while it was sent has failed in this evaluation, and is not retried by waiting.
+            policy = dataclasses.replace(verb.policy, wait=wait)
+            policy = dataclasses.replace(policy, retry_failed=policy.retry_failed and not wait)
+            pending = evaluate(needs(group), verb.store, policy)
+            if pending.jobs and last is None:
+                last = pending, policy.poll_interval
+        if last is None:
+            break
+    return last
+
+
+def _report(staged: Staged) -> None:
+    """Failures of all verbs, each verb once however many parts of its column were asked."""
+    by_verb: dict[int, tuple[Any, list[Failures]]] = {}
+    for verb, failures in staged.failures:
+        by_verb.setdefault(id(verb), (verb, []))[1].append(failures)
+    for verb, parts in by_verb.values():
+        Failures.together(parts).report(verb.on_error)
+
+
+# --- the engine ---------------------------------------------------------------------------------------
+
+
+class _Settled(threading.local):
+    now = False
+
+
+_settled = _Settled()
+
+
+@contextlib.contextmanager
+def _settling() -> Iterator[None]:
+    """Within, `Engine.collect` on this thread runs a plan that was driven to its end already."""
+    _settled.now = True
+    try:
+        yield
+    finally:
+        _settled.now = False
+
+
+class Engine(pl.StreamingEngine):
+    """Polars' streaming engine, which answers the LLM verbs of a query together.
+
+    It runs the plan, sends all requests that any verb is missing as one job for each model, waits on the
+    thread that collects (Ctrl+C stops the waiting, not the jobs) and runs the plan again, until nothing is
+    missing: a verb that reads another one's answers is asked in the next round. Queries without a verb run
+    as on `polars.StreamingEngine`.
+
+    Parameters
+    ----------
+    on_pending
+        ``"wait"`` (default) stays until everything is answered. ``"raise"`` sends what can be sent and
+        raises `JobsPending`. ``"null"`` sends it and gives what is there. It takes the place of what the
+        verbs say.
+
+    Raises
+    ------
+    InvalidRequest
+        At call: another value.
+
+    Examples
+    --------
+    >>> import polars as pl
+    >>> import polars_llm as pllm
+    >>> with pl.Config() as config:
+    ...     _ = config.set_engine_affinity(pllm.Engine())
+    ...     pl.LazyFrame({"n": [1, 2]}).sum().collect().item()
+    3
+
+    Notes
+    -----
+    While it is the active affinity, expressions are built with ``pushdown=True``. `polars.Engine` is an
+    interface that Polars may change; ``lf.llm.collect()`` does the same and does not use it.
+    """
+
+    def __init__(self, *, on_pending: OnPending = "wait") -> None:
+        super().__init__()
+        if on_pending not in get_args(OnPending):
+            raise InvalidRequest(
+                f"on_pending is {on_pending!r}",
+                hint="on_pending takes 'raise', 'wait', 'null'. Nothing was sent.",
+            )
+        self.on_pending = on_pending
+
+    def __repr__(self) -> str:
+        return f"Engine(on_pending={self.on_pending!r})"
+
+    def collect(self, lf: pl.LazyFrame, *, background: bool = False, **options: Any) -> Any:
+        """See `LazyFrame.collect`."""
+        run = super().collect
+        if _settled.now:
+            return _finally(lambda: run(lf, background=False, **options), [lf])
+        if background:
+            settle([lf], self.on_pending)
+            return run(lf, background=True, **options)
+        return drive(lambda: run(lf, background=False, **options), [lf], self.on_pending)
+
+    def collect_all(self, lfs: Iterable[pl.LazyFrame], **options: Any) -> list[pl.DataFrame]:
+        """See `polars.collect_all`."""
+        plans, run = list(lfs), super().collect_all
+        return drive(lambda: run(plans, **options), plans, self.on_pending)
+
+    def collect_async(self, lf: pl.LazyFrame, *, gevent: bool = False, **options: Any) -> Any:
+        """See `LazyFrame.collect_async`."""
+        return self._in_thread(lambda: self.collect(lf, **options), gevent)
+
+    def collect_all_async(self, lfs: Iterable[pl.LazyFrame], *, gevent: bool = False, **options: Any) -> Any:
+        """See `polars.collect_all_async`."""
+        return self._in_thread(lambda: self.collect_all(lfs, **options), gevent)
+
+    def collect_batches(self, lf: pl.LazyFrame, *, lazy: bool = False, **options: Any) -> Any:
+        """See `LazyFrame.collect_batches`."""
+        run = super().collect_batches
+        batches = _Batches(lambda: (settle([lf], self.on_pending), run(lf, lazy=lazy, **options))[1])
+        if not lazy:
+            batches.start()
+        return batches
+
+    def sink_parquet(self, lf: pl.LazyFrame, *target: Any, **options: Any) -> None:
+        """See `LazyFrame.sink_parquet`."""
+        self._sink(lf, lambda: super(Engine, self).sink_parquet(lf, *target, **options))
+
+    def sink_ipc(self, lf: pl.LazyFrame, *target: Any, **options: Any) -> None:
+        """See `LazyFrame.sink_ipc`."""
+        self._sink(lf, lambda: super(Engine, self).sink_ipc(lf, *target, **options))
+
+    def sink_csv(self, lf: pl.LazyFrame, *target: Any, **options: Any) -> None:
+        """See `LazyFrame.sink_csv`."""
+        self._sink(lf, lambda: super(Engine, self).sink_csv(lf, *target, **options))
+
+    def sink_ndjson(self, lf: pl.LazyFrame, *target: Any, **options: Any) -> None:
+        """See `LazyFrame.sink_ndjson`."""
+        self._sink(lf, lambda: super(Engine, self).sink_ndjson(lf, *target, **options))
+
+    def sink_batches(self, lf: pl.LazyFrame, *target: Any, **options: Any) -> None:
+        """See `LazyFrame.sink_batches`."""
+        self._sink(lf, lambda: super(Engine, self).sink_batches(lf, *target, **options))
+
+    def _sink(self, lf: pl.LazyFrame, write: Callable[[], None]) -> None:
+        def settled() -> None:
+            with _settling():
+                write()
+
+        sink(lf, settled, self.on_pending)
+
+    def _in_thread(self, run: Callable[[], T], gevent: bool) -> Awaitable[T]:
+        if gevent:
+            raise NotImplementedError(
+                "pllm.Engine does not run under gevent.\n\nHint: collect with engine='streaming', or use"
+                " asyncio. Nothing was sent."
+            )
+        return asyncio.get_running_loop().run_in_executor(None, run)
+
+
+class _Batches:
+    """What `collect_batches` gives: batches that are made when the first is asked for."""
+
+    def __init__(self, make: Callable[[], Any]) -> None:
+        self._make = make
+        self._made: Any = None
+
+    def start(self) -> Any:
+        if self._made is None:
+            self._made = self._make()
+        return self._made
+
+    def __iter__(self) -> Iterator[pl.DataFrame]:
+        return self
+
+    def __next__(self) -> pl.DataFrame:
+        batch: pl.DataFrame = next(self.start())
+        return batch
+
+    def __arrow_c_stream__(self, requested_schema: object | None = None) -> object:
+        return self.start().__arrow_c_stream__(requested_schema)
+
+
+def is_active() -> bool:
+    """Is our engine what plain collects of this process use?"""
+    try:
+        # `pl.Config.state` names engines given by name only.
+        from polars.lazyframe.engine_config import get_engine_affinity_override
+    except ImportError:
+        return False
+    return isinstance(get_engine_affinity_override(), Engine)

@@ -1,0 +1,325 @@
+"""One evaluation of a plan, as the verbs in it see it: who drives it, and what it left unanswered.
+
+Polars tells a function neither which query it is called for nor by whom, and its worker threads know no
+context. What can be known: whenever a plan is about to run or to be described, Polars asks every IO source
+for its schema, on the thread that asked; whole-column expressions and main-thread nodes are called on the
+thread that collects; and an expression can carry a mark that shows in `LazyFrame.explain`. So each verb in a
+plan is an `Occurrence`, which finds the `Scope` of the evaluation that it is called for.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import re
+import secrets
+import sys
+import threading
+import weakref
+from collections.abc import Iterator, Sequence
+from types import FrameType
+from typing import TYPE_CHECKING, Any
+
+import polars as pl
+
+from polars_llm.errors import UnansweredInput
+
+if TYPE_CHECKING:
+    from polars_llm.frame.column import Failures
+    from polars_llm.frame.verbs import Verb
+    from polars_llm.request import Requests
+
+__all__ = ["Contended", "Missing", "Occurrence", "Scope", "Staged", "grouped", "inside", "mark"]
+
+# Plain evaluations that a thread remembers; one that is forgotten is known by nothing but its own calls.
+_REMEMBERED = 16
+
+
+class Contended(UnansweredInput):
+    """The same frame is evaluated on two threads, and driven on one of them."""
+
+
+class Missing(UnansweredInput):
+    """Ends a pass of a plan that writes."""
+
+
+@dataclasses.dataclass(slots=True)
+class Staged:
+    """What the verbs of a driven pass want to send, instead of sending it.
+
+    Parameters
+    ----------
+    again
+        It is not the first pass: what has failed by now has failed in this evaluation.
+    final
+        Nothing may be missing any more; where something is, the verb raises `UnansweredInput`.
+    strict
+        The plan writes: the first verb that misses something raises `Missing` once it has said what.
+    wanted, places
+        What is to be sent, and the verbs that want it, by identity.
+    failures
+        What to report when the evaluation is over.
+    """
+
+    again: bool = False
+    final: bool = False
+    strict: bool = False
+    wanted: list[tuple[Verb, Requests]] = dataclasses.field(default_factory=list)
+    places: set[int] = dataclasses.field(default_factory=set)
+    failures: list[tuple[Verb, Failures]] = dataclasses.field(default_factory=list)
+    lock: threading.Lock = dataclasses.field(default_factory=threading.Lock)
+
+    def want(self, place: Occurrence, wanted: Sequence[tuple[Verb, Requests]]) -> None:
+        """These have no answer; they are sent when the pass is over."""
+        with self.lock:
+            self.places.add(id(place))
+            self.wanted.extend(wanted)
+
+    def forget(self) -> None:
+        """The pass begins anew."""
+        with self.lock:
+            self.wanted.clear()
+            self.failures.clear()
+            self.places.clear()
+
+    def failed(self, verb: Verb, failures: Failures) -> None:
+        """Reported when the last pass is over, on the thread that collects."""
+        with self.lock:
+            self.failures.append((verb, failures))
+
+
+class Scope:
+    """One evaluation of a plan; `outer` are those that it is a part of."""
+
+    def __init__(self, outer: Sequence[Scope] = (), staged: Staged | None = None) -> None:
+        self.staged = staged
+        self.thread: int = outer[0].thread if outer else threading.get_ident()
+        self._outer = tuple(outer)
+        self._joined: list[Occurrence] = []
+        self._unanswered: set[Occurrence] = set()
+        self._side_by_side: list[set[Occurrence]] = []
+
+    @property
+    def complete(self) -> bool:
+        """Nothing was left unanswered."""
+        return not self._unanswered
+
+    def note(self, verb: Occurrence, *, answered: bool) -> None:
+        """What a verb gave here is all it will give, or some of it only stands for answers to come."""
+        if answered:
+            # In a driven pass one part of a column may be answered and another one not.
+            if self.staged is None:
+                self._unanswered.discard(verb)
+            return
+        self._unanswered.add(verb)
+        for scope in self._outer:
+            scope.note(verb, answered=False)
+
+    def blocks(self, verb: Occurrence) -> bool:
+        """May the verb read what another one left unanswered? It may unless the plan shows otherwise."""
+        others = self._unanswered - {verb}
+        for beside in self._side_by_side:
+            if verb in beside:
+                others -= beside - verb.inner
+        return bool(others)
+
+    @contextlib.contextmanager
+    def planning(self, *plans: pl.LazyFrame) -> Iterator[None]:
+        """Plans that this thread makes within belong to this evaluation."""
+        before = _here.scope
+        _here.scope = self
+        try:
+            self._find_expressions(plans)
+            yield
+        finally:
+            _here.scope = before
+
+    def close(self) -> None:
+        """It is over: its verbs no longer take part in it."""
+        for verb in self._joined:
+            verb.leave(self)
+        self._joined.clear()
+
+    def join(self, verb: Occurrence) -> None:
+        """The verb takes part in this evaluation."""
+        if verb not in self._joined:
+            self._joined.append(verb)
+
+    def _find_expressions(self, plans: Sequence[pl.LazyFrame]) -> None:
+        if not _marked:
+            return  # nobody ever made one: plans without any verb cost nothing
+        for plan in plans:
+            for line in plan.explain(optimized=False).splitlines():
+                verbs = {_marked[m] for m in _MARK.findall(line) if m in _marked}
+                for verb in verbs:
+                    verb.join(self)
+                if len(verbs) > 1:  # expressions of one node
+                    self._side_by_side.append(verbs)
+
+
+class _Here(threading.local):
+    scope: Scope | None = None
+    plain: dict[tuple[int, int], Scope]
+
+    def __init__(self) -> None:
+        self.plain = {}
+
+
+_here = _Here()
+
+
+def _collecting() -> FrameType | None:
+    """The call of Polars' `Engine.collect` that is at work on this thread, if it is one that collects."""
+    # A thread of Polars that waits for a query of ours runs other calls meanwhile, on top of that query.
+    if isinstance(threading.current_thread(), threading._DummyThread):
+        return None
+    return _collect_in(sys._getframe(1))
+
+
+def _collect_in(frame: FrameType | None) -> FrameType | None:
+    while frame is not None:
+        code = frame.f_code
+        if code.co_name in {"collect", "collect_all"} and code.co_filename.endswith(_ENGINE):
+            return frame
+        frame = frame.f_back
+    return None
+
+
+_ENGINE = ("lazyframe/engine.py", "lazyframe\\engine.py")
+
+
+def _evaluation(collect: FrameType | None) -> tuple[int, int]:
+    """What tells one call of `Engine.collect` from the next, as far as can be told."""
+    return id(collect), 0 if collect is None else id(collect.f_locals.get("lf"))
+
+
+def _plain() -> Scope:
+    """The scope of the plain evaluation on this thread; the same one as long as it runs."""
+    scope = _here.plain.setdefault(_evaluation(_collecting()), Scope())
+    while len(_here.plain) > _REMEMBERED:
+        del _here.plain[next(iter(_here.plain))]
+    return scope
+
+
+class Occurrence:
+    """One verb, or several side by side, at one place of a plan.
+
+    Parameters
+    ----------
+    inner
+        Expressions that it reads: occurrences whose answers are its input.
+    """
+
+    def __init__(self, inner: frozenset[Occurrence] = frozenset()) -> None:
+        self.inner = inner
+        self.mark: str | None = None
+        self._scopes: list[Scope] = []
+        self._planned: dict[int, tuple[tuple[int, int], Scope]] = {}
+        self._lock = threading.Lock()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), ()  # another process has evaluations of its own
+
+    def planned(self) -> None:
+        """Polars asks for the schema: the plan is about to run, or to be described."""
+        if _here.scope is not None:
+            self.join(_here.scope)
+            return
+        collect = _collecting()
+        if collect is None:
+            return  # a thread of Polars, at work on something that was planned before
+        with self._lock:
+            self._planned = {t: p for t, p in self._planned.items() if _at_work(t, p[0])}
+            self._planned[threading.get_ident()] = (_evaluation(collect), _plain())
+
+    def scopes(self) -> list[Scope]:
+        """The evaluations that a call may belong to; at least one.
+
+        Raises
+        ------
+        Contended
+            It may belong to a driven evaluation, or to a plain one on another thread.
+        """
+        if _here.scope is not None or _collecting() is not None:  # on the thread that collects
+            return [_here.scope or _plain()]
+        with self._lock:
+            scopes = list(self._scopes)
+            planned = dict(self._planned)
+        if not scopes:
+            return [scope for _, scope in planned.values()] or [_plain()]
+        driven = {scope.thread for scope in scopes if scope.staged is not None}
+        plain = any(t not in driven and _at_work(t, evaluation) for t, (evaluation, _) in planned.items())
+        if driven and (plain or self._collected_elsewhere(driven)):
+            raise Contended(
+                "This frame is being driven to its end on one thread and evaluated on another.",
+                hint="run the same line again when the other one is done. Nothing was sent by this one.",
+            )
+        return scopes
+
+    def _collected_elsewhere(self, driven: set[int]) -> bool:
+        return self.mark is not None and any(thread not in driven for thread, _ in _collected(self.mark))
+
+    def join(self, scope: Scope) -> None:
+        """Take part in an evaluation, until it is closed."""
+        with self._lock:
+            if scope not in self._scopes:
+                self._scopes.append(scope)
+            self._planned.pop(threading.get_ident(), None)  # this thread can't be collecting plainly, too
+        scope.join(self)
+
+    def leave(self, scope: Scope) -> None:
+        """The evaluation is over."""
+        with self._lock:
+            if scope in self._scopes:
+                self._scopes.remove(scope)
+
+
+def _at_work(thread: int, evaluation: tuple[int, int]) -> bool:
+    """Is that evaluation still running on that thread?"""
+    collect = _collect_in(sys._current_frames().get(thread))
+    return collect is not None and _evaluation(collect) == evaluation
+
+
+# --- expressions --------------------------------------------------------------------------------------
+
+_MARK = re.compile(r"__pllm_at_([0-9a-f]{16})")
+_marked: weakref.WeakValueDictionary[str, Occurrence] = weakref.WeakValueDictionary()
+
+
+def mark(verb: Occurrence) -> str:
+    """A column's name by which the occurrence of an expression is found in a plan."""
+    token = secrets.token_hex(8)
+    _marked[token] = verb
+    verb.mark = f"__pllm_at_{token}"
+    return verb.mark
+
+
+def inside(expr: pl.Expr) -> frozenset[Occurrence]:
+    """The occurrences that an expression reads."""
+    if not _marked:
+        return frozenset()
+    return frozenset(_marked[m] for m in _MARK.findall(str(expr)) if m in _marked)
+
+
+def _collected(name: str) -> Iterator[tuple[int, list[str]]]:
+    """The threads that collect a plan with that mark just now, and its description."""
+    for thread, frame in sys._current_frames().items():
+        collect = _collect_in(frame)
+        plan = collect.f_locals.get("lf") if collect is not None else None
+        if isinstance(plan, pl.LazyFrame):
+            lines = plan.explain(optimized=False).splitlines()
+            if any(name in line for line in lines):
+                yield thread, lines
+
+
+def grouped(name: str) -> bool:
+    """Is the expression with that mark in a group_by or an over of the query that calls it?"""
+    return any(_is_grouped(name, lines) for _, lines in _collected(name))
+
+
+def _is_grouped(name: str, lines: Sequence[str]) -> bool:
+    at = next(n for n, line in enumerate(lines) if name in line)
+    above = lines[at - 1].lstrip() if at else ""
+    # What is done with the answers, up to the next expression of the same node.
+    after = lines[at].partition(name)[2].partition("python_udf()")[2].partition(", ")[0]
+    return above.startswith("AGGREGATE") or ".over(" in after

@@ -1,0 +1,475 @@
+"""Driven evaluations: `lf.llm.collect()`, `lf.llm.sink_parquet()` and `pllm.Engine`."""
+
+from __future__ import annotations
+
+import asyncio
+import inspect
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import polars as pl
+import pytest
+from polars.testing import assert_frame_equal
+
+import polars_llm as pllm
+from polars_llm import testing
+from tests.conftest import MODEL
+
+OTHER_MODEL = "openai/gpt-6-sol"
+
+
+def label(request: testing.ModelRequest) -> str:
+    """'spam' for what has the word in it, else 'ham'; other prompts come back in capitals."""
+    if request.prompt.startswith("Label: "):
+        return "spam" if "money" in request.prompt else "ham"
+    return request.prompt.upper()
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[testing.Provider]:
+    with testing.provider(model=label) as running:
+        yield running
+
+
+@pytest.fixture
+def labelling(server: testing.Provider, monkeypatch: pytest.MonkeyPatch) -> testing.Provider:
+    server.reset()
+    for name, value in server.env.items():
+        monkeypatch.setenv(name, value)
+    return server
+
+
+@pytest.fixture(autouse=True)
+def model() -> Iterator[None]:
+    with pllm.Config(model=MODEL):
+        yield
+
+
+def sent(provider: testing.Provider) -> list[int]:
+    """Requests in each batch, the oldest first."""
+    return [len(provider.requests(batch["id"])) for batch in provider.batches()]
+
+
+def mails() -> pl.LazyFrame:
+    texts = ["send money", "hello", "more money", None, "good bye", "hello"]
+    return pl.LazyFrame({"id": range(6), "text": texts})
+
+
+def labelled() -> pl.LazyFrame:
+    return mails().llm.generate(pl.format("Label: {}", "text"), name="label")
+
+
+# --- a null that only stands for an answer to come ------------------------------------------------------
+
+SPAM = pl.col("label") == "spam"
+TRAPS: dict[str, tuple[Any, int]] = {
+    # What reads the label, and how many prompts it makes when the labels are known.
+    "when/otherwise": (
+        lambda lf: lf.llm.generate(
+            pl.when(SPAM).then(pl.format("warn {}", "id")).otherwise(pl.format("greet {}", "id")),
+            name="letter",
+        ),
+        6,
+    ),
+    "fill_null": (
+        lambda lf: lf.llm.generate(
+            pl.format("{} {}", "id", pl.col("label").fill_null("unknown")), name="letter"
+        ),
+        6,
+    ),
+    "join": (
+        lambda lf: lf.join(
+            pl.LazyFrame({"label": ["spam", "ham"], "tone": ["cold", "warm"]}),
+            on="label",
+            how="left",
+            maintain_order="left",
+        ).llm.generate(pl.format("{} {}", "id", pl.col("tone").fill_null("none")), name="letter"),
+        6,
+    ),
+    "anti join": (
+        lambda lf: lf.join(pl.LazyFrame({"label": ["spam"]}), on="label", how="anti").llm.generate(
+            pl.format("letter {}", "id"), name="letter"
+        ),
+        4,
+    ),
+    "count": (
+        lambda lf: lf.select(n=SPAM.sum()).llm.generate(pl.format("{} spam mails", "n"), name="letter"),
+        1,
+    ),
+    "str.join": (
+        lambda lf: lf.select(all=pl.col("label").str.join(" ")).llm.generate("all", name="letter"),
+        1,
+    ),
+    "filter": (
+        lambda lf: lf.filter(SPAM.fill_null(False).not_()).llm.generate(
+            pl.format("letter {}", "id"), name="letter"
+        ),
+        4,
+    ),
+    "group_by": (
+        lambda lf: (
+            lf.group_by("label", maintain_order=True)
+            .agg(pl.col("text").str.join(" "))
+            .llm.generate("text", name="letter")
+        ),
+        3,
+    ),
+}
+
+
+@pytest.mark.parametrize("trap", TRAPS)
+def test_nothing_is_asked_about_what_is_not_answered(labelling: testing.Provider, trap: str) -> None:
+    reads, prompts = TRAPS[trap]
+    out = reads(labelled()).llm.collect()
+    assert out.height
+    assert out["letter"].null_count() == 0
+    bill = labelling.bill()
+    assert (bill.billed, bill.duplicates, bill.batches) == (4 + prompts, {}, 2)
+
+
+@pytest.mark.parametrize("trap", TRAPS)
+@pytest.mark.parametrize("engine", ["in-memory", "streaming"])
+def test_the_same_with_null_for_what_is_pending(trap: str, engine: Any, own_cache: Path) -> None:
+    reads, prompts = TRAPS[trap]
+    with testing.provider(model=label, auto=False) as provider, pllm.Config(on_pending="null"):
+        query = reads(labelled())
+        for _ in range(3):
+            assert query.collect(engine=engine)["letter"].null_count() == query.collect().height
+        assert sent(provider) == [4]
+        provider.finish()
+        query.collect(engine=engine)
+        assert sent(provider) == [4, prompts]
+        provider.finish()
+        assert query.collect(engine=engine)["letter"].null_count() == 0
+        assert sent(provider) == [4, prompts]
+
+
+@pytest.mark.parametrize("engine", ["in-memory", "streaming"])
+def test_an_expression_on_a_pending_answer_sends_nothing(engine: Any) -> None:
+    with testing.provider(model=label, auto=False) as provider, pllm.Config(on_pending="null"):
+        query = labelled().with_columns(
+            letter=pl.format("{} {}", "id", pl.col("label").fill_null("?")).llm.generate()
+        )
+        for _ in range(2):
+            assert query.collect(engine=engine)["letter"].null_count() == 6
+        assert sent(provider) == [4]
+        provider.finish()
+        query.collect(engine=engine)
+        assert sent(provider) == [4, 6]
+
+
+def test_a_verb_that_raises_says_what_it_waits_for() -> None:
+    with testing.provider(model=label, auto=False) as provider:
+        pending = mails().llm.generate(pl.format("Label: {}", "text"), name="label", on_pending="null")
+        query = pending.llm.generate(pl.format("{} {}", "id", pl.col("label").fill_null("?")), name="letter")
+        with pytest.raises(pllm.UnansweredInput, match="'letter' reads answers that are not there yet"):
+            query.collect()
+        assert sent(provider) == [4]
+
+
+# --- rounds ---------------------------------------------------------------------------------------------
+
+
+def test_one_job_for_each_model_and_round(labelling: testing.Provider) -> None:
+    with_labels = labelled().with_columns(n=pl.col("id") + 1)
+    other = with_labels.llm.generate("text", name="other", model=OTHER_MODEL)
+    both = other.with_columns(m=pl.col("id") * 2).llm.generate(
+        pl.format("{} {} {}", "label", "other", "id"), name="both"
+    )
+    out = both.llm.collect()
+    assert out["both"].drop_nulls().len() == 5
+    luna, sol = MODEL.removeprefix("openai/"), OTHER_MODEL.removeprefix("openai/")
+    assert sorted((b["model"], b["total"]) for b in labelling.batches()) == [(luna, 4), (luna, 5), (sol, 4)]
+
+
+def test_raise_goes_on_where_it_stopped(labelling: testing.Provider) -> None:
+    query = TRAPS["when/otherwise"][0](labelled())
+    with pytest.raises(pllm.JobsPending) as first:
+        query.llm.collect(on_pending="raise")
+    assert first.value.requests == 4
+    with pytest.raises(pllm.JobsPending) as second:
+        query.llm.collect(on_pending="raise")
+    assert second.value.requests == 6
+    assert query.llm.collect(on_pending="raise")["letter"].null_count() == 0
+    assert labelling.bill().batches == 2
+
+
+def test_null_gives_what_is_there(labelling: testing.Provider) -> None:
+    out = TRAPS["when/otherwise"][0](labelled()).llm.collect(on_pending="null")
+    assert out["label"].null_count() == out["letter"].null_count() == 6
+    assert labelling.bill().batches == 1
+
+
+@pytest.mark.filterwarnings("error")
+def test_failures_are_reported_once_and_at_the_end(labelling: testing.Provider) -> None:
+    lf = pl.LazyFrame({"text": ["[[fail:400]] a", "b", "[[fail:400]] c"]})
+    query = lf.llm.generate("text", name="x").llm.generate(pl.format("{}!", "x"), name="y")
+    with pytest.warns(pllm.LLMWarning, match="2 of 3 requests failed") as warned:
+        out = query.llm.collect()
+    assert len(warned) == 1
+    assert warned[0].filename == __file__
+    assert out["y"].to_list() == [None, "B!", None]
+
+
+def test_on_error_raise(labelling: testing.Provider) -> None:
+    lf = pl.LazyFrame({"text": ["[[fail:400]] a", "b"]})
+    with pytest.raises(pllm.RequestsFailed) as failed:
+        lf.llm.generate("text", on_error="raise").llm.collect()
+    assert failed.value.failed == 1
+
+
+def test_retry_failed_sends_again_once(labelling: testing.Provider) -> None:
+    lf = pl.LazyFrame({"text": ["[[fail:400]] a", "b"]}).llm.generate("text", retry_failed=True)
+    for _ in range(2):
+        with pytest.warns(pllm.LLMWarning):
+            lf.llm.collect()
+    assert sent(labelling) == [2, 1]
+
+
+def test_a_plan_that_samples_is_not_asked_for_ever(labelling: testing.Provider) -> None:
+    lf = mails().map_batches(lambda df: df.with_columns(text=pl.lit(str(time.perf_counter_ns()))))
+    with pytest.raises(pllm.UnansweredInput, match="asks for other rows in every evaluation"):
+        lf.llm.generate("text").llm.collect()
+    assert labelling.bill().billed <= 2
+
+
+# --- expressions with pushdown ------------------------------------------------------------------------
+
+PUSHED = pl.format("ask {}", "id")
+MASKED: dict[str, tuple[Any, int]] = {
+    "when/then": (lambda lf, e: lf.with_columns(x=pl.when(pl.col("id") > 3).then(e)), 2),
+    "filter after": (lambda lf, e: lf.with_columns(x=e).filter(pl.col("id") > 3), 2),
+    "head": (lambda lf, e: lf.with_columns(x=e).head(1), 1),
+    "dropped": (lambda lf, e: lf.with_columns(x=e).select("id"), 0),
+    "group_by": (
+        lambda lf, e: lf.group_by(g=pl.col("id") % 2, maintain_order=True).agg(x=e),
+        6,
+    ),
+    "over": (lambda lf, e: lf.with_columns(x=e.over(pl.col("id") % 2)), 6),
+    "two side by side": (
+        lambda lf, e: lf.with_columns(x=e, y=pl.format("other {}", "id").llm.generate(pushdown=True)),
+        12,
+    ),
+    "one in another": (
+        lambda lf, e: lf.with_columns(x=pl.format("again {}", e).llm.generate(pushdown=True)),
+        12,
+    ),
+}
+
+
+@pytest.mark.parametrize("plan", MASKED)
+def test_pushed_expressions_pay_for_rows_that_count(labelling: testing.Provider, plan: str) -> None:
+    build, requests = MASKED[plan]
+    out = build(mails(), PUSHED.llm.generate(pushdown=True)).llm.collect()
+    bill = labelling.bill()
+    rounds = 2 if plan == "one in another" else min(requests, 1)
+    assert (bill.billed, bill.duplicates, bill.batches) == (requests, {}, rounds)
+    if "x" in out.columns and plan != "one in another":
+        assert_frame_equal(out.select("x"), build(mails(), PUSHED.str.to_uppercase()).collect().select("x"))
+
+
+@pytest.mark.parametrize("engine", ["in-memory", "streaming"])
+def test_a_plain_collect_of_one_sends_nothing_and_says_how(labelling: testing.Provider, engine: Any) -> None:
+    query = mails().with_columns(x=PUSHED.llm.generate(pushdown=True))
+    with pytest.raises(pllm.UnansweredInput, match=r"lf\.llm\.collect\(\)"):
+        query.collect(engine=engine)
+    assert labelling.bill().accepted == 0
+    query.llm.collect()
+    assert query.collect(engine=engine)["x"].null_count() == 0
+
+
+# --- the engine -----------------------------------------------------------------------------------------
+
+
+def letters() -> pl.LazyFrame:
+    query: pl.LazyFrame = TRAPS["when/otherwise"][0](labelled())
+    return query
+
+
+EXPECTED = ["WARN 0", "GREET 1", "WARN 2", "GREET 3", "GREET 4", "GREET 5"]
+
+
+async def _gathered(lf: pl.LazyFrame, engine: pl.Engine) -> pl.DataFrame:
+    return await lf.collect_async(engine=engine)
+
+
+ENGINE_RUNS: dict[str, Any] = {
+    "collect": lambda lf, e, path: lf.collect(engine=e),
+    "collect_all": lambda lf, e, path: pl.collect_all([lf, lf.select("id")], engine=e)[0],
+    "collect_async": lambda lf, e, path: asyncio.run(_gathered(lf, e)),
+    "collect_batches": lambda lf, e, path: pl.concat(lf.collect_batches(engine=e)),
+    "collect_batches lazy": lambda lf, e, path: pl.concat(lf.collect_batches(engine=e, lazy=True)),
+    "sink_parquet": lambda lf, e, path: (lf.sink_parquet(path, engine=e), pl.read_parquet(path))[1],
+    "sink_ipc": lambda lf, e, path: (lf.sink_ipc(path, engine=e), pl.read_ipc(path))[1],
+    "sink_csv": lambda lf, e, path: (lf.sink_csv(path, engine=e), pl.read_csv(path))[1],
+    "sink_ndjson": lambda lf, e, path: (lf.sink_ndjson(path, engine=e), pl.read_ndjson(path))[1],
+    "lazy sink": lambda lf, e, path: (
+        pl.collect_all([lf.sink_parquet(path, lazy=True)], engine=e),
+        pl.read_parquet(path),
+    )[1],
+}
+
+
+@pytest.mark.parametrize("run", ENGINE_RUNS)
+def test_every_way_to_run_on_the_engine(labelling: testing.Provider, run: str, tmp_path: Path) -> None:
+    out = ENGINE_RUNS[run](letters(), pllm.Engine(), tmp_path / "out")
+    assert out["letter"].to_list() == EXPECTED
+    bill = labelling.bill()
+    assert (bill.billed, bill.duplicates, bill.batches) == (10, {}, 2)
+
+
+@pytest.mark.parametrize("run", ENGINE_RUNS)
+def test_no_file_is_made_of_rows_that_are_missing(
+    labelling: testing.Provider, run: str, tmp_path: Path
+) -> None:
+    target = tmp_path / "out"
+    with pytest.raises(pllm.JobsPending) as pending:
+        ENGINE_RUNS[run](letters(), pllm.Engine(on_pending="raise"), target)
+    assert pending.value.requests == 4
+    # Polars makes an empty file when a plan that writes is cut off.
+    assert not target.exists() or pl.read_parquet(target).is_empty()
+
+
+def test_as_the_active_affinity(labelling: testing.Provider, tmp_path: Path) -> None:
+    with pl.Config() as config:
+        config.set_engine_affinity(pllm.Engine())
+        query = mails().with_columns(x=PUSHED.llm.generate()).filter(pl.col("id") > 3)
+        assert query.collect()["x"].to_list() == ["ASK 4", "ASK 5"]
+        query.sink_parquet(tmp_path / "x.parquet")
+    assert labelling.bill().billed == 2
+    with pytest.raises(pllm.UnansweredInput):  # built while it was
+        mails().with_columns(x=PUSHED.llm.generate(pushdown=True)).collect()
+
+
+def test_sink_parquet_of_the_namespace(labelling: testing.Provider, tmp_path: Path) -> None:
+    target = tmp_path / "letters.parquet"
+    with pytest.raises(pllm.JobsPending):
+        letters().llm.sink_parquet(target, on_pending="raise")
+    assert not target.exists()
+    letters().llm.sink_parquet(target)
+    assert pl.read_parquet(target)["letter"].to_list() == EXPECTED
+
+
+def test_queries_without_a_verb_run_as_ever(labelling: testing.Provider, own_cache: Path) -> None:
+    lf = pl.LazyFrame({"n": range(1000)}).filter(pl.col("n") % 2 == 0)
+    assert_frame_equal(lf.collect(engine=pllm.Engine()), lf.collect())
+    assert lf.explain(engine=pllm.Engine()) == lf.explain(engine="streaming")
+    assert not own_cache.exists()
+
+
+def test_the_base_is_the_one_this_was_written_for() -> None:
+    """`polars.Engine` may change: then this fails, and `lf.llm.collect()` goes on working."""
+    base = inspect.signature(pl.StreamingEngine.collect).parameters
+    assert list(base) == ["self", "lf", "optimizations", "background", "post_opt_callback"]
+    ours = {name for name, value in vars(pl.StreamingEngine.__mro__[1]).items() if callable(value)}
+    runs = {name for name in ours if name.startswith(("collect", "sink", "execute"))}
+    assert runs <= set(vars(pllm.Engine)) | {"execute"}
+
+
+def test_bad_arguments(labelling: testing.Provider) -> None:
+    with pytest.raises(pllm.InvalidRequest, match="on_pending is 'later'"):
+        pllm.Engine(on_pending="later")  # type: ignore[arg-type]
+
+
+# --- threads and signals ------------------------------------------------------------------------------
+
+
+def test_driving_and_plain_collecting_at_once_never_gives_wrong_rows(own_cache: Path) -> None:
+    """Two threads on the same lazy frame: whoever gets rows gets the right ones."""
+    with testing.provider(model=label) as provider:
+        wrong: list[Any] = []
+        for number in range(15):
+            texts = [f"Label: {number} money {i}" if i % 2 else f"Label: {number} {i}" for i in range(40)]
+            query = pl.LazyFrame({"t": texts}).llm.generate("t", name="label")
+            expected = ["spam" if i % 2 else "ham" for i in range(40)]
+
+            def plain(query: pl.LazyFrame = query, expected: list[str] = expected) -> None:
+                for _ in range(5):
+                    try:
+                        out = query.collect()["label"].to_list()
+                    except (pllm.JobsPending, pllm.UnansweredInput):
+                        continue
+                    if out != expected:
+                        wrong.append(out)
+
+            thread = threading.Thread(target=plain)
+            thread.start()
+            out = query.llm.collect()["label"].to_list()
+            if out != expected:
+                wrong.append(out)
+            thread.join()
+        assert wrong == []
+        assert provider.bill().duplicates == {}
+        assert provider.bill().billed == 15 * 40
+
+
+def test_threads_drive_different_frames(own_cache: Path) -> None:
+    with testing.provider(model=label) as provider:
+        found: dict[int, list[str]] = {}
+
+        def run(number: int) -> None:
+            lf = pl.LazyFrame({"t": [f"n{number} {i % 5}" for i in range(20)]})
+            query = lf.llm.generate("t", name="x").llm.generate(pl.format("{} again", "x"), name="y")
+            found[number] = query.llm.collect()["y"].to_list()
+
+        threads = [threading.Thread(target=run, args=(n,)) for n in range(6)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert found == {n: [f"N{n} {i % 5} AGAIN" for i in range(20)] for n in range(6)}
+        assert provider.bill().duplicates == {}
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "lf.llm.generate('t').llm.collect()",
+        "lf.llm.generate('t').collect(engine=pllm.Engine())",
+        "lf.llm.generate('t', on_pending='wait').collect()",
+        "lf.collect().llm.generate('t', on_pending='wait')",
+    ],
+)
+def test_ctrl_c_while_waiting(own_cache: Path, line: str) -> None:
+    with testing.provider(auto=False) as provider:
+        script = f"""
+            import polars as pl, polars_llm as pllm, signal, sys
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+            lf = pl.LazyFrame({{"t": ["a", "b"]}})
+            print("ready", flush=True)
+            try:
+                {line}
+            except KeyboardInterrupt as stop:
+                print(stop.__notes__[0], flush=True)
+        """
+        child = subprocess.Popen(
+            [sys.executable, "-c", textwrap.dedent(script)],
+            env={**os.environ, **provider.env, "POLARS_LLM_MODEL": MODEL},
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        try:
+            assert child.stdout is not None
+            assert child.stdout.readline() == "ready\n"
+            deadline = time.monotonic() + 30
+            while not provider.bill().batches and time.monotonic() < deadline:
+                time.sleep(0.05)
+            time.sleep(0.3)
+            sent = time.monotonic()
+            child.send_signal(signal.SIGINT)
+            note = child.stdout.readline()
+            assert time.monotonic() - sent < 2
+            assert "stopped waiting, not the work: job_" in note
+            # Polars 1 may raise one Ctrl+C a second time, where the first came inside of a query of ours.
+            assert child.wait(timeout=20) in (0, -signal.SIGINT)
+        finally:
+            child.kill()
+            child.communicate()
