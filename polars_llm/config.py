@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import threading
+from datetime import UTC, date, datetime
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, Self, TypeAlias, get_args
@@ -14,7 +15,7 @@ from polars_llm.errors import InvalidRequest
 if TYPE_CHECKING:
     from polars_llm.models import Model
 
-__all__ = ["Config", "OnError", "OnPending", "Settings", "settings"]
+__all__ = ["Config", "OnError", "OnPending", "Settings", "settings", "usd"]
 
 OnPending: TypeAlias = Literal["raise", "wait", "null"]
 OnError: TypeAlias = Literal["null", "raise"]
@@ -36,6 +37,8 @@ class Settings:
     on_pending: OnPending
     on_error: OnError
     quiet_period: float
+    max_cost: float | None
+    max_cost_since: datetime | None
 
 
 _lock = threading.Lock()
@@ -59,6 +62,13 @@ class Config:
         ``"raise"`` (default), ``"wait"`` or ``"null"``; see `generate`.
     on_error
         ``"null"`` (default) or ``"raise"``; see `generate`.
+    max_cost
+        The most that may be in flight and spent under this cache directory, in USD. What would pass it
+        is not sent: `BudgetExceeded`. What is in flight counts at the most that it can cost, what was
+        answered at what it did cost.
+    max_cost_since
+        A date or datetime (without a time zone: local time): what was answered before is not counted.
+        Set it to begin a new budget.
 
     Raises
     ------
@@ -85,6 +95,8 @@ class Config:
         poll_interval: float | None = None,
         on_pending: OnPending | None = None,
         on_error: OnError | None = None,
+        max_cost: float | None = None,
+        max_cost_since: date | datetime | None = None,
     ) -> None:
         given = {
             "model": model,
@@ -92,6 +104,8 @@ class Config:
             "poll_interval": None if poll_interval is None else _seconds(poll_interval, "poll_interval"),
             "on_pending": _one_of(on_pending, get_args(OnPending), "on_pending"),
             "on_error": _one_of(on_error, get_args(OnError), "on_error"),
+            "max_cost": usd(max_cost),
+            "max_cost_since": _moment(max_cost_since),
         }
         with _lock:
             self._before = dict(_chosen)
@@ -135,7 +149,40 @@ def settings(*, on_pending: OnPending | None = None, on_error: OnError | None = 
         or chosen.get("on_pending", "raise"),
         on_error=_one_of(on_error, get_args(OnError), "on_error") or chosen.get("on_error", "null"),
         quiet_period=_seconds(quiet, "POLARS_LLM_QUIET_PERIOD") if quiet else _QUIET_PERIOD,
+        max_cost=chosen.get("max_cost"),
+        max_cost_since=chosen.get("max_cost_since"),
     )
+
+
+def usd(value: float | None) -> float | None:
+    """An amount of money, checked.
+
+    Raises
+    ------
+    InvalidRequest
+        At call: not a number of 0 or more.
+    """
+    if value is None:
+        return None
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not number or not 0 <= value < float("inf"):
+        raise InvalidRequest(
+            f"max_cost is {value!r}, not an amount in USD of 0 or more",
+            hint="for example max_cost=5.00. Nothing was sent.",
+        )
+    return float(value)
+
+
+def _moment(value: date | datetime | None) -> datetime | None:
+    if value is None:
+        return None
+    if not isinstance(value, date):
+        raise InvalidRequest(
+            f"max_cost_since is a {type(value).__name__}, neither a date nor a datetime",
+            hint="for example max_cost_since=datetime.date(2026, 12, 1). Nothing was sent.",
+        )
+    moment = value if isinstance(value, datetime) else datetime(value.year, value.month, value.day)
+    return moment.astimezone(UTC)
 
 
 def _seconds(value: float | str, name: str) -> float:

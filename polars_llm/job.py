@@ -105,6 +105,8 @@ class Job:
         When to try again, Unix seconds.
     reason
         Why it is where it is, in the provider's words or ours.
+    output_tokens_max
+        The longest answer to any of its requests, None if nothing limits it.
     cost_max_usd
         Upper bound reserved against a budget, None if not known.
     """
@@ -131,6 +133,7 @@ class Job:
     updated_at: float = 0.0
     not_before: float | None = None
     reason: str | None = None
+    output_tokens_max: int | None = None
     cost_max_usd: float | None = None
 
     @classmethod

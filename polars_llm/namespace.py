@@ -12,6 +12,7 @@ import polars as pl
 from polars_llm.config import OnPending
 from polars_llm.errors import LLMWarning
 from polars_llm.frame import engine, nodes, verbs
+from polars_llm.frame.estimate import CountTokens
 from polars_llm.frame.verbs import GenerateOptions
 
 if TYPE_CHECKING:
@@ -62,6 +63,10 @@ _GENERATE = """Ask a model one prompt a row; the answers come back as {gives}.
         retry_failed
             Send again what failed for good. What failed for a passing reason is sent again anyway,
             alone, up to three times in all.
+        max_cost
+            The most that this evaluation may cost, in USD, what it has in flight included. What may pass
+            it is not sent: `BudgetExceeded`. It is compared with a bound that holds (no more tokens than
+            bytes, answers of `max_tokens`), so set `max_tokens`, too.
 
         Returns
         -------
@@ -76,6 +81,9 @@ _GENERATE = """Ask a model one prompt a row; the answers come back as {gives}.
             {late}, with ``on_pending="raise"``, while answers are missing.
         RequestsFailed
             {late}, with ``on_error="raise"``, if a request failed for good.
+        BudgetExceeded
+            {late}: it could cost more than `max_cost`, or than ``pllm.Config(max_cost=...)``. Nothing was
+            sent.
         ProviderError, CacheError
             {late}: the provider said no, or the cache directory cannot be used. The message says what
             happened to the money.
@@ -107,6 +115,49 @@ def _documented(**words: str) -> Callable[[F], F]:
     return dress
 
 
+_ESTIMATE = """What a verb would send and cost. Nothing is sent.
+
+        Parameters
+        ----------
+        prompt, *arguments, **options
+            As for the verb.
+        verb
+            Its name: ``"generate"`` (default), ``"classify"``, ``"embed"``.
+        count_tokens
+            Your own counter, from a text to its number of tokens; called once for each request. Default:
+            what the answers of this column in the cache took, or, where there are fewer than 10 of them, 4
+            bytes of UTF-8 a token and 7 tokens a request.
+
+        Returns
+        -------
+        DataFrame
+            One row: ``rows``; ``nulls`` (rows without a prompt); ``unique`` requests, and of these
+            ``cached``, ``in_flight``, ``failed`` (for good, not sent again) and ``to_send``; ``batches``;
+            of what is to be sent ``input_tokens`` (an estimate), ``input_tokens_method``,
+            ``output_tokens_max`` (null without `max_tokens`), ``cost_usd`` (answers as long as those in the
+            cache, else as long as they may get) and ``cost_usd_max`` (a bound that holds: no more tokens
+            than bytes). USD, at the price of the mode; null where it is not known, never 0.
+
+        Raises
+        ------
+        ModelNotChosen, InvalidRequest
+            {late}, as for the verb.
+
+        Notes
+        -----
+        Costs nothing. The prompts are looked up in the cache and rendered, to count the batches. Prices are
+        those that genai-prices lists, or the model object's own.
+"""
+
+
+def _estimated(*, late: str) -> Callable[[F], F]:
+    def dress(method: F) -> F:
+        method.__doc__ = _ESTIMATE.replace("{late}", late)
+        return method
+
+    return dress
+
+
 class _Literal(dict[str, str]):
     def __missing__(self, key: str) -> str:
         return "{" + key + "}"
@@ -129,6 +180,18 @@ class LLMDataFrame:
     def generate(self, prompt: IntoExpr, **options: Unpack[GenerateOptions]) -> pl.DataFrame:
         return nodes.on_frame(self._frame, verbs.generate(prompt, **options))
 
+    @_estimated(late="At call")
+    def estimate(
+        self,
+        prompt: IntoExpr,
+        *arguments: Any,
+        verb: str = "generate",
+        count_tokens: CountTokens | None = None,
+        **options: Any,
+    ) -> pl.DataFrame:
+        resolved = verbs.resolve_verb(verb)(prompt, *arguments, **options)
+        return nodes.estimated(self._frame.lazy(), resolved, count_tokens)
+
 
 class LLMLazyFrame:
     """LLM verbs on a LazyFrame: each adds a column, and pays for the rows that the query needs."""
@@ -146,6 +209,18 @@ class LLMLazyFrame:
     )
     def generate(self, prompt: IntoExpr, **options: Unpack[GenerateOptions]) -> pl.LazyFrame:
         return nodes.lazily(self._frame, verbs.generate(prompt, **options))
+
+    @_estimated(late="At call; the plan runs once")
+    def estimate(
+        self,
+        prompt: IntoExpr,
+        *arguments: Any,
+        verb: str = "generate",
+        count_tokens: CountTokens | None = None,
+        **options: Any,
+    ) -> pl.DataFrame:
+        resolved = verbs.resolve_verb(verb)(prompt, *arguments, **options)
+        return nodes.estimated(self._frame, resolved, count_tokens)
 
     def collect(self, *, on_pending: OnPending = "wait", **options: Any) -> pl.DataFrame:
         """Collect the query, driving all its LLM verbs to the end.

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import ipaddress
 import re
 from collections.abc import Iterable
 from urllib.parse import SplitResult, urlsplit, urlunsplit
 
 from polars_llm.errors import InvalidRequest
 
-__all__ = ["is_at", "normalise_base_url", "redact"]
+__all__ = ["is_at", "is_loopback", "normalise_base_url", "redact"]
 
 _DEFAULT_PORTS = {"http": 80, "https": 443}
 _KEY_SHAPES = re.compile(r"\b(sk|key|gsk|hf|xai)[-_][A-Za-z0-9_\-*]{6,}")
@@ -62,3 +63,14 @@ def redact(text: str, secrets: Iterable[str | None]) -> str:
         if secret:
             text = text.replace(secret, "***")
     return _KEY_SHAPES.sub(r"\1-***", text)
+
+
+def is_loopback(base_url: str | None) -> bool:
+    """A host on this machine: nobody sends a bill."""
+    name = urlsplit(base_url).hostname if base_url else None
+    if name is None or name == "localhost":
+        return name is not None
+    try:
+        return ipaddress.ip_address(name).is_loopback
+    except ValueError:
+        return False

@@ -14,6 +14,7 @@ In a driven evaluation (`polars_llm.frame.engine`) none of them sends anything: 
 from __future__ import annotations
 
 import functools
+import itertools
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -24,6 +25,7 @@ from polars.io.plugins import register_io_source
 from polars_llm.backends.base import is_batch
 from polars_llm.errors import PolarsLLMError, UnansweredInput
 from polars_llm.frame.column import warn
+from polars_llm.frame.estimate import CountTokens, estimate
 from polars_llm.frame.scope import Missing, Occurrence, Scope, Staged, grouped, inside, mark
 from polars_llm.frame.verbs import PROMPT, Verb, Wanted, bring, checked
 from polars_llm.jobs.evaluate import Pending
@@ -31,7 +33,7 @@ from polars_llm.jobs.lookup import unanswered
 from polars_llm.request import Requests
 from polars_llm.store.spool import Scratch
 
-__all__ = ["expression", "lazily", "never_ends", "on_frame", "on_series"]
+__all__ = ["estimated", "expression", "lazily", "never_ends", "on_frame", "on_series"]
 
 
 def on_frame(frame: pl.DataFrame, verb: Verb) -> pl.DataFrame:
@@ -187,6 +189,15 @@ def _rows(frame: pl.DataFrame, verb: Verb) -> pl.DataFrame:
     # with_columns first: a literal prompt is broadcast to the height of the frame.
     read = verb.inputs()
     return frame.with_columns(read).select(e.meta.output_name() for e in read)
+
+
+def estimated(lf: pl.LazyFrame, verb: Verb, count_tokens: CountTokens | None) -> pl.DataFrame:
+    """What the verb would send and cost on that frame."""
+    read = verb.inputs()
+    rows = lf.with_columns(read).select(e.meta.output_name() for e in read)
+    # A frame without rows may give no batch at all.
+    none = pl.DataFrame(schema=rows.collect_schema())
+    return estimate(itertools.chain([none], _batches(rows, None)), verb, count_tokens)
 
 
 # --- lazy frames --------------------------------------------------------------------------------------

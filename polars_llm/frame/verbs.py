@@ -8,26 +8,38 @@ rows. How it lives in a plan is the business of `nodes`.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias, TypedDict, get_args
 
 import polars as pl
 
-from polars_llm.backends.base import BatchBackend, LiveBackend, Options
-from polars_llm.config import OnError, OnPending, settings
+from polars_llm.backends.base import BatchBackend, LiveBackend, Options, is_batch
+from polars_llm.backends.hosts import is_loopback
+from polars_llm.config import OnError, OnPending, settings, usd
 from polars_llm.errors import InvalidRequest
-from polars_llm.frame.column import FULL, Failures, column
+from polars_llm.frame.column import FULL, Failures, column, warn
 from polars_llm.jobs.evaluate import Need, Pending, evaluate
 from polars_llm.jobs.lookup import Policy, unanswered
 from polars_llm.models import Model, resolve
+from polars_llm.pricing import is_known
 from polars_llm.request import RequestHeader, Requests, key_hex, key_prefix
 from polars_llm.store import Store, open_store
 
 if TYPE_CHECKING:
     from polars._typing import IntoExpr
 
-__all__ = ["GenerateOptions", "Output", "Verb", "Wanted", "bring", "generate", "needs"]
+__all__ = [
+    "GenerateOptions",
+    "Output",
+    "Verb",
+    "Wanted",
+    "bring",
+    "generate",
+    "needs",
+    "resolve_verb",
+    "warn_of_unknown_prices",
+]
 
 Output: TypeAlias = Literal["value", "full"]
 
@@ -53,6 +65,7 @@ class GenerateOptions(TypedDict, total=False):
     params: Mapping[str, Any] | None
     sample: int | pl.Expr
     retry_failed: bool
+    max_cost: float | None
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -157,10 +170,36 @@ def bring(wanted: Sequence[Wanted]) -> Pending:
         ``on_pending="raise"`` and not everything is there.
     """
     verb = wanted[0][0]
+    warn_of_unknown_prices([v for v, _ in wanted if v.output == "full"])
     pending = evaluate(needs(wanted), verb.store, verb.policy)
     if pending.jobs and verb.on_pending == "raise":
         raise pending.error(verb.policy.poll_interval)
     return pending
+
+
+_warned: set[tuple[str, str, str | None]] = set()
+
+
+def warn_of_unknown_prices(verbs: Sequence[Verb]) -> None:
+    """Say once for each model of this process that what it costs will be null."""
+    for verb in verbs:
+        backend, model = verb.backend, verb.header.model
+        name = (backend.provider, model, backend.base_url)
+        if name in _warned or backend.mode == "local" or is_loopback(backend.base_url):
+            continue
+        _warned.add(name)
+        known = is_known(
+            provider=backend.provider,
+            model=model,
+            mode="batch" if is_batch(backend) else "realtime",
+            prices=backend.prices,
+            base_url=backend.base_url,
+        )
+        if not known:
+            warn(
+                f"The price of {backend.provider}/{model} is not known: its costs are null.\n\n"
+                f"Hint: pass it, for example prices=pllm.Prices(input=1, output=5) of the model object."
+            )
 
 
 def needs(wanted: Sequence[Wanted]) -> list[Need]:
@@ -244,6 +283,20 @@ def _checked_sample(sample: pl.Series) -> pl.Series:
     return sample.cast(pl.Int64).fill_null(0)
 
 
+def resolve_verb(name: str) -> Callable[..., Verb]:
+    """A verb by its name.
+
+    Raises
+    ------
+    InvalidRequest
+        At call: there is none of that name.
+    """
+    if name not in _VERBS:
+        known = ", ".join(repr(known) for known in _VERBS)
+        raise InvalidRequest(f"verb is {name!r}", hint=f"verb takes {known}. Nothing was sent.")
+    return _VERBS[name]
+
+
 def generate(
     prompt: IntoExpr,
     *,
@@ -262,6 +315,7 @@ def generate(
     params: Mapping[str, Any] | None = None,
     sample: int | pl.Expr = 0,
     retry_failed: bool = False,
+    max_cost: float | None = None,
 ) -> Verb:
     """Resolve a call of generate; the namespaces' docstrings say what each argument means."""
     chosen = settings(on_pending=on_pending, on_error=on_error)
@@ -293,9 +347,15 @@ def generate(
             poll_interval=chosen.poll_interval,
             quiet_period=chosen.quiet_period,
             retry_failed=retry_failed,
+            max_cost=usd(max_cost),
+            budget=chosen.max_cost,
+            budget_since=chosen.max_cost_since,
         ),
         cache_dir=chosen.cache_dir,
     )
+
+
+_VERBS: dict[str, Callable[..., Verb]] = {"generate": generate}
 
 
 def _check_arguments(

@@ -15,8 +15,9 @@ import polars as pl
 
 from polars_llm.answer import FAILED, complete
 from polars_llm.backends.base import BatchBackend, LiveBackend
-from polars_llm.errors import CacheError
+from polars_llm.errors import BudgetExceeded, CacheError
 from polars_llm.job import Job
+from polars_llm.jobs.budget import bound, check_all, output_tokens_max, sizes
 from polars_llm.jobs.lookup import Policy, in_flight, prefixes, unanswered
 from polars_llm.jobs.packing import Pack, pack
 from polars_llm.request import Requests
@@ -53,6 +54,12 @@ def claim(
         with store.ledger.transaction():
             taken = _taken(wanted, store, policy)
             if taken.is_empty():
+                try:
+                    _check_budget(jobs, store, policy)
+                except BudgetExceeded:
+                    for job in jobs:
+                        store.spool.remove(job.id)
+                    raise
                 for job in jobs:
                     _check_files(job, store)
                     store.ledger.put(job)
@@ -63,6 +70,12 @@ def claim(
         wanted = [_without(r, taken) for r in wanted]
         wanted = [r for r in wanted if r.height]
     return [], []
+
+
+def _check_budget(jobs: Sequence[Job], store: Store, policy: Policy) -> None:
+    """Nobody else claims meanwhile: what is reserved now stays within the budget."""
+    cost = _sum(job.cost_max_usd for job in jobs)
+    check_all(cost, sum(job.requests for job in jobs), store, policy)
 
 
 def _check_files(job: Job, store: Store) -> None:
@@ -89,9 +102,15 @@ def _without(requests: Requests, taken: pl.Series) -> Requests:
     return dataclasses.replace(requests, frame=requests.frame.filter(~keys.is_in(taken.implode())))
 
 
-def one_run(backend: LiveBackend, wanted: Sequence[Requests], store: Store, owner: str) -> Iterator[Job]:
-    """One job of them all for a live backend; nothing is claimed yet."""
+def one_run(
+    backend: LiveBackend, wanted: Sequence[Requests], store: Store, owner: str, *, limited: bool
+) -> Iterator[Job]:
+    """One job of them all for a live backend; nothing is claimed yet.
+
+    With `limited` there is a limit on money, and the most that it can cost is noted.
+    """
     keys = pl.concat([r.frame.select("key", "attempt") for r in wanted])
+    bytes_of = [sizes(backend, r) for r in wanted]
     header = wanted[0].header
     job = Job.plan(
         provider=backend.provider,
@@ -101,15 +120,23 @@ def one_run(backend: LiveBackend, wanted: Sequence[Requests], store: Store, owne
         mode=backend.mode,
         requests=keys.height,
         owner=owner,
+        size_bytes=sum(int(s.sum()) for s in bytes_of),
+        output_tokens_max=_longest(wanted),
+        cost_max_usd=_sum(bound(backend, r.header, s) for r, s in zip(wanted, bytes_of, strict=True))
+        if limited
+        else None,
     )
     store.spool.write_keys(job.id, keys)
     yield job
 
 
-def batches(backend: BatchBackend, wanted: Sequence[Requests], store: Store, owner: str) -> Iterator[Job]:
+def batches(
+    backend: BatchBackend, wanted: Sequence[Requests], store: Store, owner: str, *, limited: bool
+) -> Iterator[Job]:
     """Jobs for a provider's batches, with keys and request files, pack by pack; nothing is claimed yet.
 
-    Several headers share a batch where they share endpoint and model.
+    Several headers share a batch where they share endpoint and model. With `limited` there is a limit on
+    money, and the most that each can cost is noted.
     """
     keys = pl.concat([r.frame.select("key", "attempt") for r in wanted])
     lines = chain.from_iterable(backend.render(r) for r in wanted)
@@ -127,10 +154,32 @@ def batches(backend: BatchBackend, wanted: Sequence[Requests], store: Store, own
             size_bytes=batch.size_bytes,
             headers=dict(header.headers) or None,
             owner=owner,
+            output_tokens_max=_longest(wanted),
+            cost_max_usd=_sum(_bounds(batch, backend, wanted)) if limited else None,
         )
         store.spool.write_keys(job.id, keys[batch.rows])
         store.spool.write_requests(job.id, _joined(batch.lines))
         yield job
+
+
+def _longest(wanted: Sequence[Requests]) -> int | None:
+    limits = [output_tokens_max(r.header) for r in wanted]
+    return None if None in limits else max(limit for limit in limits if limit is not None)
+
+
+def _sum(bounds: Iterable[float | None]) -> float | None:
+    known = list(bounds)
+    return None if None in known else sum(b for b in known if b is not None)
+
+
+def _bounds(batch: Pack, backend: BatchBackend, wanted: Sequence[Requests]) -> Iterator[float | None]:
+    """The most that a batch can cost, header by header."""
+    lines = pl.DataFrame({"row": batch.rows, "size": [len(line) for line in batch.lines]})
+    start = 0
+    for r in wanted:
+        end = start + r.height
+        yield bound(backend, r.header, lines.filter(pl.col("row").is_between(start, end, "left"))["size"])
+        start = end
 
 
 def _joined(lines: Sequence[bytes]) -> Iterator[bytes]:

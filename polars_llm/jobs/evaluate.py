@@ -8,14 +8,16 @@ the next evaluation understands.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import polars as pl
 
 from polars_llm.backends.base import BatchBackend, CallFailed, LiveBackend, Phase, is_batch
 from polars_llm.errors import JobsPending
 from polars_llm.job import Job, State
+from polars_llm.jobs.budget import check_evaluation
 from polars_llm.jobs.claim import batches, claim
 from polars_llm.jobs.ingest import ingest, refuse
 from polars_llm.jobs.live import run_live
@@ -145,40 +147,56 @@ def _note_jobs(stop: KeyboardInterrupt, needs: Sequence[Need], store: Store) -> 
 
 def _step(needs: Sequence[Need], store: Store, policy: Policy) -> Pending:
     """One round: nothing in it waits for a provider to finish."""
-    in_flight = [_round(need, store, policy) for need in needs]
+    policies = [_advance_all(need, store, policy) for need in needs]
+    missing = [_missing(need, store, p) for need, p in zip(needs, policies, strict=True)]
+    _check_money(needs, missing, store, policy)
+    sent = sum(map(_send, needs, missing, [store] * len(needs), policies))
+    holding = [_holding(need.keys, store) for need in needs]
     return Pending(
-        held=pl.concat([p.held for p in in_flight]).unique("key"),
-        jobs=list({job.id: job for p in in_flight for job in p.jobs}.values()),
-        sent=sum(p.sent for p in in_flight),
+        held=pl.concat([held for _, held in holding]).unique("key"),
+        jobs=list({job.id: job for jobs, _ in holding for job in jobs}.values()),
+        sent=sent,
     )
 
 
-def _round(need: Need, store: Store, policy: Policy) -> Pending:
-    keys = need.keys
-    before, _ = _holding(keys, store)
+def _advance_all(need: Need, store: Store, policy: Policy) -> Policy:
+    """Look at the open jobs that hold wanted keys; the policy for what is missing after that."""
+    before, _ = _holding(need.keys, store)
     for job in before:
         advance(job, need.backend, store, policy)
-    if before:
-        # A failure that came in just now was not there to be retried when this evaluation began.
-        policy = dataclasses.replace(policy, retry_failed=False)
-    sent = _send(need, store, policy)
-    open_now, held = _holding(keys, store)
-    return Pending(held, open_now, sent)
+    # A failure that came in just now was not there to be retried when this evaluation began.
+    return dataclasses.replace(policy, retry_failed=False) if before else policy
 
 
-def _send(need: Need, store: Store, policy: Policy) -> int:
+def _check_money(
+    needs: Sequence[Need], missing: Sequence[Sequence[Requests]], store: Store, policy: Policy
+) -> None:
+    new = [(n.backend, r) for n, requests in zip(needs, missing, strict=True) for r in requests if r.height]
+    if new and policy.limited:
+        jobs, held = _holding(pl.concat([n.keys for n in needs]), store)
+        counts = dict(held.unique("key")["job_id"].value_counts().iter_rows())
+        check_evaluation(new, [(job, counts.get(job.id, 0)) for job in jobs], store, policy)
+
+
+def _send(need: Need, missing: Sequence[Requests], store: Store, policy: Policy) -> int:
     """Claim and submit what nobody has answered or claimed; the number of requests sent."""
-    missing = _missing(need, store, policy)
     if not any(r.height for r in missing):
         return 0
     backend = need.backend
     if not is_batch(backend):
         return run_live(backend, missing, store, policy)
     with store.directory.submitter() as owner:
-        jobs, _ = claim(missing, lambda wanted: batches(backend, wanted, store, owner), store, policy)
+        draft = functools.partial(_draft, backend, store, owner, policy)
+        jobs, _ = claim(missing, draft, store, policy)
         for job in jobs:
             submit(job, backend, store, policy, owner=owner)
     return sum(job.requests for job in jobs)
+
+
+def _draft(
+    backend: BatchBackend, store: Store, owner: str, policy: Policy, wanted: list[Requests]
+) -> Iterator[Job]:
+    return batches(backend, wanted, store, owner, limited=policy.limited)
 
 
 def _missing(need: Need, store: Store, policy: Policy) -> list[Requests]:

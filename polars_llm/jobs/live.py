@@ -45,7 +45,9 @@ def run_live(backend: LiveBackend, missing: Sequence[Requests], store: Store, po
     wanted = list(missing)
     while wanted:
         with store.directory.submitter() as owner:
-            drafted = claim(wanted, lambda w: one_run(backend, w, store, owner), store, policy)
+            drafted = claim(
+                wanted, lambda w: one_run(backend, w, store, owner, limited=policy.limited), store, policy
+            )
             jobs, claimed = drafted
             if not jobs:
                 return asked

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from datetime import datetime
 
 import polars as pl
 
@@ -32,6 +33,10 @@ class Policy:
         How often a request is sent that failed for a passing reason, the first time included.
     retry_failed
         Send again what failed for good.
+    max_cost
+        The most that one evaluation may cost, in flight included, in USD.
+    budget, budget_since
+        The most that everything under this cache may cost, in flight and spent since that time, in USD.
     """
 
     wait: bool = False
@@ -39,6 +44,14 @@ class Policy:
     quiet_period: float = 120.0
     max_attempts: int = 3
     retry_failed: bool = False
+    max_cost: float | None = None
+    budget: float | None = None
+    budget_since: datetime | None = None
+
+    @property
+    def limited(self) -> bool:
+        """Is there a limit on money?"""
+        return self.max_cost is not None or self.budget is not None
 
 
 def prefixes(frame: pl.DataFrame) -> pl.Series:
