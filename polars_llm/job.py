@@ -99,6 +99,9 @@ class Job:
         The provider's newest batch before create, where that is needed to find an orphan (Anthropic).
     create_called
         When create was last called, as a `polars_llm.clock` stamp.
+    quiet_since
+        A moment after which that call was certainly not at work here any more, as a stamp: only from
+        then on does an empty list say anything.
     attempts
         How often the batch was put off because the provider's queue was full.
     not_before
@@ -130,6 +133,7 @@ class Job:
     attempts: int = 0
     created_at: float = 0.0
     create_called: str | None = None
+    quiet_since: str | None = None
     updated_at: float = 0.0
     not_before: float | None = None
     reason: str | None = None

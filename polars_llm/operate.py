@@ -6,6 +6,7 @@ import hashlib
 import re
 import time
 from datetime import UTC, datetime
+from pathlib import Path
 
 import polars as pl
 
@@ -15,7 +16,7 @@ from polars_llm.config import settings
 from polars_llm.errors import InvalidRequest, ProviderError
 from polars_llm.job import Job, State
 from polars_llm.jobs.evaluate import advance
-from polars_llm.jobs.ingest import priced
+from polars_llm.jobs.ingest import fetch, priced
 from polars_llm.jobs.lookup import Policy, prefixes
 from polars_llm.models import Model, for_job, of_provider
 from polars_llm.progress import Progress
@@ -248,8 +249,9 @@ def recover(provider: str | Model) -> pl.DataFrame:
     Returns
     -------
     DataFrame
-        batch_id, outcome (recovered, resumed, known, running, foreign, gone) and answers (how many
-        were new).
+        batch_id, outcome (recovered, incomplete, resumed, known, running, foreign, gone) and answers
+        (how many were new). Incomplete: the provider's files have fewer answers than it counts, also
+        after several downloads. What is missing was billed: recover again before sending it again.
 
     Raises
     ------
@@ -284,10 +286,14 @@ def _recover_one(batch: ListedBatch, backend: BatchBackend, store: Store) -> tup
     if batch.status.phase is not Phase.ENDED:
         return "known", 0
     target = store.spool.download_path(name, "recovered.jsonl")
+
+    def complete(replies: pl.DataFrame) -> bool:
+        return _answered(replies) >= batch.status.done or (
+            replies.is_empty() and _lines_in(target) >= batch.status.done  # all of it is somebody else's
+        )
+
     try:
-        backend.download(_as_job(batch, backend, State.ENDED, 0), batch.status, target)
-        with target.open("rb") as lines:
-            replies = backend.parse(lines, batch.status)
+        replies = fetch(_as_job(batch, backend, State.ENDED, 0), batch.status, backend, target, complete)
     except CallFailed as error:
         if error.status in {404, 410}:
             return "gone", 0
@@ -296,7 +302,17 @@ def _recover_one(batch: ListedBatch, backend: BatchBackend, store: Store) -> tup
         target.unlink(missing_ok=True)
     if replies.is_empty():
         return "foreign", 0
-    return "recovered", _keep_new(replies, name, batch, backend, store)
+    whole = _answered(replies) >= batch.status.done
+    return "recovered" if whole else "incomplete", _keep_new(replies, name, batch, backend, store)
+
+
+def _answered(replies: pl.DataFrame) -> int:
+    return replies.filter(pl.col("state") == DONE)["key"].n_unique()
+
+
+def _lines_in(path: Path) -> int:
+    with path.open("rb") as file:
+        return sum(1 for line in file if line.strip())
 
 
 def _name_of(batch: ListedBatch) -> str:

@@ -110,6 +110,31 @@ def test_recover_fills_a_lost_cache_and_nothing_is_paid_again(
     assert provider.bill().batches == 1
 
 
+@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("framing", ["chunked", "close"])
+def test_recover_reads_a_cut_download_again(
+    provider: testing.Provider, own_cache: Path, model: str, framing: str
+) -> None:
+    collected(model=model)
+    lose_the_cache(own_cache)
+    provider.fault("truncate", framing=framing)
+    assert pllm.recover(model.partition("/")[0]).select("outcome", "answers").rows() == [("recovered", 4)]
+    assert collected(model=model)["response"].null_count() == 0
+    assert provider.bill().batches == 1
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_recover_says_so_where_answers_are_missing(
+    provider: testing.Provider, own_cache: Path, model: str
+) -> None:
+    collected(model=model)
+    lose_the_cache(own_cache)
+    provider.fault("missing-lines", times=None)
+    assert pllm.recover(model.partition("/")[0]).select("outcome", "answers").rows() == [("incomplete", 3)]
+    provider.clear_faults()
+    assert pllm.recover(model.partition("/")[0]).select("outcome", "answers").rows() == [("recovered", 1)]
+
+
 def test_recover_resumes_what_still_runs(own_cache: Path) -> None:
     with testing.provider(model=lambda request: request.prompt, auto=False) as provider:
         with pytest.raises(pllm.JobsPending):

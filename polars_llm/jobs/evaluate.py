@@ -258,11 +258,16 @@ def _move_batch(job: Job, backend: BatchBackend, store: Store, policy: Policy) -
             job = settle(job, backend, store, policy)
             if job.state is State.SUBMITTED:
                 _poll(job, backend, store, policy)
-        case State.DEFERRED if time.time() >= (job.not_before or 0.0):
+        case State.DEFERRED if _is_due(job):
             with store.directory.submitter() as owner:
                 create(job, backend, store, policy, owner=owner)
         case State.SUBMITTED | State.ENDED:
             _poll(job, backend, store, policy)
+
+
+def _is_due(job: Job) -> bool:
+    # A clock that was set back since must not put it off for days.
+    return not job.updated_at <= time.time() < (job.not_before or 0.0)
 
 
 def _poll(job: Job, backend: BatchBackend, store: Store, policy: Policy) -> None:

@@ -7,7 +7,7 @@ between is repaired by reading the batch again.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -20,7 +20,7 @@ from polars_llm.job import Job, State
 from polars_llm.pricing import cost_usd
 from polars_llm.store import Store
 
-__all__ = ["blame_account", "ingest", "keep", "priced", "reconcile", "refuse"]
+__all__ = ["blame_account", "fetch", "ingest", "keep", "priced", "reconcile", "refuse"]
 
 _DOWNLOADS = 3
 _PAUSE = 0.5
@@ -37,7 +37,12 @@ def ingest(job: Job, status: BatchStatus, backend: BatchBackend, store: Store) -
     """
     keys = store.spool.keys([job.id])
     try:
-        replies = _fetch(job, status, backend, store, keys)
+        target = store.spool.download_path(job.id, "results.jsonl")
+
+        def complete(replies: pl.DataFrame) -> bool:
+            return status.why != "completed" or keys.join(replies, on="key", how="anti").is_empty()
+
+        replies = fetch(job, status, backend, target, complete)
     except CallFailed as error:
         if error.status not in _GONE:
             raise
@@ -131,18 +136,21 @@ def priced(
     return answers.with_columns(pl.when(pl.col("state") == DONE).then(cost).alias("cost_usd"))
 
 
-def _fetch(
-    job: Job, status: BatchStatus, backend: BatchBackend, store: Store, keys: pl.DataFrame
+def fetch(
+    job: Job,
+    status: BatchStatus,
+    backend: BatchBackend,
+    target: Path,
+    complete: Callable[[pl.DataFrame], bool],
 ) -> pl.DataFrame:
-    """Download until every key has a line, a few times: a cut download can look complete."""
-    target = store.spool.download_path(job.id, "results.jsonl")
+    """Download, to `target`, until nothing is missing, a few times: a cut download can look complete."""
     replies = pl.DataFrame()
     for attempt in range(_DOWNLOADS):
         if attempt:
             time.sleep(_PAUSE * 2**attempt)
         backend.download(job, status, target)
         replies = backend.parse(_lines(target), status)
-        if status.why != "completed" or keys.join(replies, on="key", how="anti").is_empty():
+        if complete(replies):
             break
     return replies
 

@@ -25,25 +25,24 @@ _ENOUGH = 1_000
 
 def settle(job: Job, backend: BatchBackend, store: Store, policy: Policy) -> Job:
     """From creating (submitter dead) or unknown to submitted, released, or still unknown."""
+    # A submitter that died may have been at work until just now.
+    since = job.quiet_since or clock.stamp()
     known = {j.batch_id for j in store.ledger.jobs() if j.batch_id}
     found = backend.find(job, known, _is_ours(job, store))
     if found.batch_id is not None:
         return store.ledger.move(job, State.SUBMITTED, batch_id=found.batch_id, owner=None)
     if found.candidates:
         several = f"{len(found.candidates)} batches may be this one; waiting until they can be read"
-        return store.ledger.move(job, State.UNKNOWN, owner=None, reason=several)
-    if job.create_called and clock.seconds_since(job.create_called) > (
-        backend.create_timeout + policy.quiet_period
-    ):
+        return store.ledger.move(job, State.UNKNOWN, owner=None, reason=several, quiet_since=since)
+    if clock.seconds_since(since) > backend.create_timeout + policy.quiet_period:
         released = store.ledger.move(
             job, State.RELEASED, owner=None, reason="the provider never had this batch"
         )
         if released.state is State.RELEASED:
             store.spool.remove(job.id)
         return released
-    return store.ledger.move(
-        job, State.UNKNOWN, owner=None, reason=job.reason or "the reply to create was lost"
-    )
+    lost = job.reason or "the reply to create was lost"
+    return store.ledger.move(job, State.UNKNOWN, owner=None, reason=lost, quiet_since=since)
 
 
 def _is_ours(job: Job, store: Store) -> IsOurs:

@@ -44,7 +44,13 @@ def create(job: Job, backend: BatchBackend, store: Store, policy: Policy, *, own
         release(job, store, reason=str(error))
         raise error.public("reading the list of batches") from error
     job = store.ledger.move(
-        job, State.CREATING, owner=owner, marker=marker, create_called=clock.stamp(), reason=None
+        job,
+        State.CREATING,
+        owner=owner,
+        marker=marker,
+        create_called=clock.stamp(),
+        quiet_since=None,
+        reason=None,
     )
     if job.state is not State.CREATING or job.owner != owner:
         return job  # somebody else moved it first
@@ -57,11 +63,14 @@ def create(job: Job, backend: BatchBackend, store: Store, policy: Policy, *, own
 
 def _not_created(job: Job, backend: BatchBackend, store: Store, policy: Policy, error: CallFailed) -> Job:
     if error.verdict.uncertain:
-        # The quiet period counts from now: until this moment the call may have been at work.
-        job = store.ledger.move(
-            job, State.UNKNOWN, owner=None, reason=str(error), create_called=clock.stamp()
-        )
-        return settle(job, backend, store, policy)
+        job = store.ledger.move(job, State.UNKNOWN, owner=None, reason=str(error), quiet_since=clock.stamp())
+        try:
+            return settle(job, backend, store, policy)
+        except CallFailed as blind:
+            # It can't be seen now: the job stays unknown, and the next evaluation looks again.
+            if blind.verdict.transient:
+                return job
+            raise blind.public(f"looking for {job.id}") from blind
     if error.verdict.transient:
         return put_off(job, store, policy, reason=str(error), wait=error.retry_after)
     release(job, store, reason=str(error))

@@ -86,10 +86,12 @@ def _release(path: Path, descriptor: int) -> None:
             path.unlink()
         return
     # Removed while still held, so that nobody's lock loses its name. A file that stays does no harm.
-    with contextlib.suppress(OSError):
-        if _is_at(path, descriptor):
-            path.unlink()
-    _close(descriptor)
+    try:
+        with contextlib.suppress(OSError):
+            if _is_at(path, descriptor):
+                path.unlink()
+    finally:
+        _close(descriptor)  # also where Ctrl+C comes just now
 
 
 @contextlib.contextmanager

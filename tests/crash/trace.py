@@ -24,7 +24,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
-__all__ = ["Event", "Side", "Tracer", "Visitor"]
+__all__ = ["Event", "Omitted", "Side", "Tracer", "Visitor"]
 
 Side: TypeAlias = Literal["before", "after"]
 
@@ -58,6 +58,10 @@ class Event:
 
 
 Visitor: TypeAlias = Callable[[Side, Event], None]
+
+
+class Omitted(Exception):
+    """Raised by a visitor before an event that is not to happen, as if it had."""
 
 
 class Tracer:
@@ -122,7 +126,10 @@ class Tracer:
 
     def _event(self, name: str, call: Callable[[], Any], database: str | None = None) -> Any:
         event = Event(name, _place())
-        self._visit("before", event)
+        try:
+            self._visit("before", event)
+        except Omitted:
+            return None
         before = database and self._stamp(database)
         result = call()
         idle = bool(database) and self._stamp(str(database)) == before

@@ -100,6 +100,20 @@ def test_a_server_error_without_a_batch_is_not_paid_twice(model: str, provider: 
     check(provider, collected(model=model))
 
 
+def test_a_lost_reply_and_a_list_that_cannot_be_read(model: str, provider: testing.Provider) -> None:
+    provider.fault("create-then-500")
+    provider.fault(
+        "status", operation="*batches.list", after=int(model != MODEL), status=529, retry_after=0, times=5
+    )
+    with pytest.raises(pllm.JobsPending, match="unknown"):
+        collected(model=model, on_pending="raise")
+    provider.fault("status", operation="*batches.list", status=401)
+    with pytest.raises(pllm.AccountError, match="looking at job_"):
+        collected(model=model, on_pending="raise")
+    check(provider, collected(model=model))
+    assert provider.bill().batches == 1
+
+
 @pytest.mark.parametrize("retry_after", [None, 0])
 def test_a_full_queue_on_create_is_tried_again_later(provider: testing.Provider, retry_after: Any) -> None:
     provider.fault("status", operation="*batches.create", status=429, retry_after=retry_after, times=2)
@@ -277,19 +291,34 @@ def test_another_account_neither_sees_nor_repeats_the_job(
         assert provider.bill().accepted == 8
 
 
+def test_a_clock_that_went_back_does_not_defer_for_days(
+    provider: testing.Provider, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    provider.fault("token-limit")
+    for _ in range(2):
+        with pytest.raises(pllm.JobsPending):
+            collected(on_pending="raise")
+    assert pllm.jobs()["state"].to_list() == ["deferred"]
+    real = time.time
+    monkeypatch.setattr(time, "time", lambda: real() - 2 * 86_400)
+    check(provider, collected())
+
+
 # --- processes ----------------------------------------------------------------------------------
 
 CHILD = f"""
+import sys
 import polars as pl, polars_llm as pllm
 from polars_llm.backends.openai import OpenAIBatch
-OpenAIBatch.create_timeout = 0.5
+OpenAIBatch.create_timeout = float(sys.argv[1])
 frame = pl.DataFrame({{"prompt": {PROMPTS!r}}})
 print(frame.llm.generate("prompt", model={MODEL!r}, on_pending="wait")["response"].null_count())
 """
 
 
-def child() -> subprocess.Popen[str]:
-    return subprocess.Popen([sys.executable, "-c", CHILD], stdout=subprocess.PIPE, text=True, env=os.environ)
+def child(create_timeout: float = 0.5) -> subprocess.Popen[str]:
+    command = [sys.executable, "-c", CHILD, str(create_timeout)]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=os.environ)
 
 
 def test_a_submitter_killed_after_create_is_taken_over(provider: testing.Provider) -> None:
@@ -302,6 +331,26 @@ def test_a_submitter_killed_after_create_is_taken_over(provider: testing.Provide
     victim.kill()
     victim.communicate()
     provider.release(held)
+    check(provider, collected())
+    assert provider.bill().batches == 1
+
+
+def test_the_quiet_period_counts_from_the_first_look_at_a_dead_submitter(
+    provider: testing.Provider, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # It had called create long ago, but the call was held up; the batch is quite new, and the list lags.
+    monkeypatch.setenv("POLARS_LLM_QUIET_PERIOD", "1")
+    pllm.recover("openai")  # imports the SDK, so that the first look comes at once
+    provider.fault("list-lag", seconds=0.8)
+    held = provider.fault("hold", operation="*batches.create")
+    victim = child(create_timeout=60)
+    assert provider.held(held, seconds=20) == 1
+    time.sleep(2.0)
+    provider.release(held)
+    while not provider.batches():
+        time.sleep(0.005)
+    victim.kill()
+    victim.communicate()
     check(provider, collected())
     assert provider.bill().batches == 1
 
