@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import re
+import secrets
 import time
 from datetime import UTC, datetime
 from pathlib import Path
@@ -22,6 +23,7 @@ from polars_llm.models import Model, for_job, of_provider
 from polars_llm.progress import Progress
 from polars_llm.request import custom_ids, key_from_custom_id
 from polars_llm.store import Store, open_store
+from polars_llm.store.directory import os_errors
 
 __all__ = ["abandon", "cancel", "jobs", "recover", "results", "watch"]
 
@@ -259,7 +261,7 @@ def recover(provider: str | Model) -> pl.DataFrame:
         The provider refused; what was read until then is kept.
     """
     store = _store()
-    store.directory.prepare()
+    store.directory.prepare(anew=True)
     backend = of_provider(provider).backend()
     known = {job.batch_id: job for job in store.ledger.jobs() if job.batch_id}
     rows = []
@@ -285,7 +287,9 @@ def _recover_one(batch: ListedBatch, backend: BatchBackend, store: Store) -> tup
         return ("resumed", 0) if _resume(batch, backend, store) else ("running", 0)
     if batch.status.phase is not Phase.ENDED:
         return "known", 0
-    target = store.spool.download_path(name, "recovered.jsonl")
+    # A file of one's own: others may recover, or collect, the same batch.
+    own = f"recover_{secrets.token_hex(8)}"
+    target = store.spool.download_path(own, "jsonl")
 
     def complete(replies: pl.DataFrame) -> bool:
         return _answered(replies) >= batch.status.done or (
@@ -299,7 +303,7 @@ def _recover_one(batch: ListedBatch, backend: BatchBackend, store: Store) -> tup
             return "gone", 0
         raise
     finally:
-        target.unlink(missing_ok=True)
+        store.spool.remove(own)
     if replies.is_empty():
         return "foreign", 0
     whole = _answered(replies) >= batch.status.done
@@ -343,12 +347,14 @@ def _keep_new(
 def _resume(batch: ListedBatch, backend: BatchBackend, store: Store) -> bool:
     """Make a running batch a job again, so that evaluating its frame waits for it and doesn't pay."""
     name = _name_of(batch)
-    target = store.spool.download_path(name, "sent.jsonl")
+    own = f"recover_{secrets.token_hex(8)}"
+    target = store.spool.download_path(own, "jsonl")
     try:
-        sent = backend.sent_custom_ids(batch, target)
-        keys = [key for key in map(key_from_custom_id, sent or ()) if key is not None]
+        with os_errors(target):
+            sent = backend.sent_custom_ids(batch, target)
+            keys = [key for key in map(key_from_custom_id, sent or ()) if key is not None]
     finally:
-        target.unlink(missing_ok=True)
+        store.spool.remove(own)
     if not keys:
         return False
     frame = pl.DataFrame({"key": keys}, schema={"key": pl.Binary}).with_columns(attempt=pl.lit(1, pl.UInt16))

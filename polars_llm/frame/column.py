@@ -19,6 +19,9 @@ from polars_llm.store import Store
 
 __all__ = ["FULL", "STATUS", "Failures", "column", "warn"]
 
+# Failures of which nobody knows whether they were answered, and therefore paid for.
+_MAY_BE_BILLED = frozenset({"missing_result", "results_gone"})
+
 STATUS = pl.Enum(["done", "pending", "failed"])
 
 FULL: Mapping[str, pl.DataType] = {
@@ -151,9 +154,12 @@ class Failures:
         counts = {str(kind): int(n) for kind, n in kinds.rows()}
         listed = ", ".join(f"{kind} {n:,}" for kind, n in counts.items())
         fact = f"{failed.height:,} of {self._asked:,} requests failed: {listed}."
+        money = "Providers do not bill failed requests"
+        if lost := _MAY_BE_BILLED & counts.keys():
+            money += f" (but may have billed those with {' or '.join(sorted(lost))})"
         hint = (
-            "output='full' shows each error; retry_failed=True sends them again. Providers do not"
-            " bill failed requests, and they are not sent again by themselves."
+            f"output='full' shows each error; retry_failed=True sends them again. {money}, and they are not"
+            " sent again by themselves."
         )
         if on_error == "raise":
             raise RequestsFailed(fact, failed=failed.height, kinds=counts, hint=hint)

@@ -18,6 +18,7 @@ from polars_llm.backends.base import BatchBackend, LiveBackend, Options, is_batc
 from polars_llm.backends.hosts import is_loopback
 from polars_llm.config import OnError, OnPending, settings, usd
 from polars_llm.errors import InvalidRequest
+from polars_llm.forks import refuse_hanging
 from polars_llm.frame.column import FULL, Failures, column, warn
 from polars_llm.jobs.evaluate import Need, Pending, evaluate
 from polars_llm.jobs.lookup import Policy, unanswered
@@ -318,6 +319,7 @@ def generate(
     max_cost: float | None = None,
 ) -> Verb:
     """Resolve a call of generate; the namespaces' docstrings say what each argument means."""
+    refuse_hanging()
     chosen = settings(on_pending=on_pending, on_error=on_error)
     _check_arguments(name=name, output=output, system=system, sample=sample, max_tokens=max_tokens)
     options = Options(

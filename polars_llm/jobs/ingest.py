@@ -19,6 +19,7 @@ from polars_llm.errors import AccountError
 from polars_llm.job import Job, State
 from polars_llm.pricing import cost_usd
 from polars_llm.store import Store
+from polars_llm.store.directory import os_errors
 
 __all__ = ["blame_account", "fetch", "ingest", "keep", "priced", "reconcile", "refuse"]
 
@@ -148,10 +149,11 @@ def fetch(
     for attempt in range(_DOWNLOADS):
         if attempt:
             time.sleep(_PAUSE * 2**attempt)
-        backend.download(job, status, target)
-        replies = backend.parse(_lines(target), status)
-        if complete(replies):
-            break
+        with os_errors(target):  # a full disk
+            backend.download(job, status, target)
+            replies = backend.parse(_lines(target), status)
+            if complete(replies):
+                break
     return replies
 
 

@@ -7,6 +7,7 @@ import os
 import threading
 from pathlib import Path
 
+from polars_llm.forks import refuse_hanging
 from polars_llm.store.directory import CacheDirectory, default_path
 from polars_llm.store.ledger import DiskcacheLedger, Ledger
 from polars_llm.store.results import ParquetResults, ResultStore
@@ -30,7 +31,14 @@ _lock = threading.Lock()
 
 
 def open_store(path: Path | None = None) -> Store:
-    """The store at `path` (default: `default_path()`), the same object for all of this process."""
+    """The store at `path` (default: `default_path()`), the same object for all of this process.
+
+    Raises
+    ------
+    PolarsLLMError
+        This process is a fork in which Polars would hang.
+    """
+    refuse_hanging()
     directory = CacheDirectory(path or default_path())
     with _lock:
         # A forked child starts anew: it must not share its parent's database handles.

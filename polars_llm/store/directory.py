@@ -159,22 +159,30 @@ class CacheDirectory:
     def __repr__(self) -> str:
         return f"CacheDirectory({str(self.path)!r})"
 
-    def prepare(self) -> None:
+    def prepare(self, *, anew: bool = False) -> None:
         """Make the directory, or make sure that it can be used. Cheap when it was done before.
+
+        Parameters
+        ----------
+        anew
+            What was removed may be made again: the caller reads back what was lost with it.
 
         Raises
         ------
         CacheUnsafe
             On a file system that hosts share, or without working locks; nothing was sent.
         CacheError
-            It cannot be written, holds other files, or a newer version of this library made it.
+            It cannot be written, holds other files, or a newer version of this library made it; or it, or
+            a part of it, was removed, and what was paid for would be paid again. That is said once.
         """
         rooms = (self.jobs, self.results, self.spool, self.locks)
-        known = self._trusted is not None and self._trusted == _identity(self.path)
-        if known and all(room.is_dir() for room in rooms):
+        identity = _identity(self.path)
+        if self._trusted is not None and self._trusted == identity and all(room.is_dir() for room in rooms):
             return
         with os_errors(self.path):
             furnished = self._check_layout()
+            if not anew:
+                self._refuse_loss(identity, furnished=furnished)
             self._check_file_system()
             for directory in (self.path, *rooms):
                 directory.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -183,6 +191,25 @@ class CacheDirectory:
                 self._furnish()
             self._sweep()
             self._trusted = _identity(self.path)
+
+    def _refuse_loss(self, identity: tuple[int, int] | None, *, furnished: bool) -> None:
+        """Whoever begins again where jobs were open pays for them a second time."""
+        gone = [room.name for room in (self.jobs, self.results) if furnished and not room.is_dir()]
+        if gone:
+            fact = f"{' and '.join(gone)} of the cache directory {self.path} was removed."
+            remedy = "restore it from a backup, or"
+        elif self._trusted is not None and self._trusted != identity:
+            self._trusted = None
+            fact = f"The cache directory {self.path} was removed, or replaced, while this process used it."
+            remedy = "to begin anew, run the same line again. If jobs were open in it,"
+        else:
+            return
+        raise CacheError(
+            fact,
+            path=str(self.path),
+            hint=f"{remedy} pllm.recover('openai') (or 'anthropic') reads back what was sent before, so that"
+            " it isn't paid again. Nothing was sent.",
+        )
 
     @contextlib.contextmanager
     def submitter(self) -> Iterator[str]:

@@ -259,6 +259,10 @@ class ParquetResults:
 
     def _listed(self) -> frozenset[str]:
         """Names of the segments on disk now."""
+        with os_errors(self._directory):
+            return self._listed_now()
+
+    def _listed_now(self) -> frozenset[str]:
         deadline = time.monotonic() + _RESTLESS_S
         while True:
             before = self._removals()

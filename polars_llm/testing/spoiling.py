@@ -17,7 +17,8 @@ _TAIL = " \u2028and\u0085on"
 
 def spoil(response: Response, faults: list[Fault]) -> Response:
     """Apply the download faults to a good response."""
-    for fault in faults:
+    # Garbage comes last: the others read what is there.
+    for fault in sorted(faults, key=lambda fault: fault.kind == "garbage-line"):
         if fault.phase != "download" or response.status != 200:
             continue
         if fault.kind == "truncate":

@@ -251,6 +251,7 @@ class Interleaving(RuleBasedStateMachine):
         self._world.figures["cases of the state machine"] += 1
 
     def _finish(self, prompts: list[str]) -> None:
+        self._processes[0].forget()
         pllm.Config(cache_dir=self._processes[0].cache)
         self._to_the_end(prompts)
         bill = self._world.provider.bill()

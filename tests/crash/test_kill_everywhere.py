@@ -61,7 +61,7 @@ create results/.compact.lock | unlink results/.compact.lock | unlink results/*.p
 """
 _PROTOCOLS = {
     "openai": """
-write spool/job_*.recovered.jsonl | unlink spool/job_*.recovered.jsonl
+write spool/recover_*.jsonl | unlink spool/recover_*.jsonl
 send POST /v1/files | send the body of POST /v1/files | receive POST /v1/files
 send POST /v1/batches | send the body of POST /v1/batches | receive POST /v1/batches
 send GET /v1/batches | receive GET /v1/batches
@@ -70,7 +70,7 @@ send GET /v1/files/file_* | receive GET /v1/files/file_*
 send GET /v1/files/file_*/content | receive GET /v1/files/file_*/content
 """,
     "anthropic": """
-write spool/recovered_msgbatch_*.recovered.jsonl | unlink spool/recovered_msgbatch_*.recovered.jsonl
+write spool/recover_*.jsonl | unlink spool/recover_*.jsonl
 send GET /v1/messages/batches | receive GET /v1/messages/batches
 send POST /v1/messages/batches | send the body of POST /v1/messages/batches
 receive POST /v1/messages/batches

@@ -25,6 +25,6 @@ def mounted(path: Path, size: str) -> Iterator[None]:
         subprocess.run(["umount", "--lazy", str(path)], check=True)
 
 
-def make_read_only(path: Path) -> None:
-    """Mount the disk at `path` again, read-only."""
-    subprocess.run(["mount", "-o", "remount,ro", str(path)], check=True)
+def make_read_only(path: Path, *, but: str = "ro") -> None:
+    """Mount the disk at `path` again, read-only; or, with ``rw``, writable again."""
+    subprocess.run(["mount", "-o", f"remount,{but}", str(path)], check=True)

@@ -179,13 +179,28 @@ class TestPrepare:
         del before[directory.locks], after[directory.locks]  # locks are tried in it
         assert before == after
 
-    def test_a_removed_directory_comes_back(self, directory: CacheDirectory) -> None:
+    def test_a_removed_directory_comes_back_after_a_word(self, directory: CacheDirectory) -> None:
         shutil.rmtree(directory.path)
+        with pytest.raises(CacheError, match=r"was removed(.|\n)*Hint: .*recover"):
+            directory.prepare()
         directory.prepare()
         assert directory.spool.is_dir()
-        shutil.rmtree(directory.spool)
-        directory.prepare()
-        assert directory.spool.is_dir()
+
+    @pytest.mark.parametrize("room", ["jobs", "results"])
+    def test_a_directory_that_lost_a_part_is_refused(self, directory: CacheDirectory, room: str) -> None:
+        shutil.rmtree(directory.path / room)
+        for path in (directory, CacheDirectory(directory.path)):
+            for _ in range(2):
+                with pytest.raises(CacheError, match=rf"^{room} of the cache(.|\n)*Hint: .*recover"):
+                    path.prepare()
+        directory.prepare(anew=True)
+        assert (directory.path / room).is_dir()
+
+    def test_working_files_and_locks_come_back(self, directory: CacheDirectory) -> None:
+        for room in (directory.spool, directory.locks):
+            shutil.rmtree(room)
+            directory.prepare()
+            assert room.is_dir()
 
     def test_a_newer_layout_is_refused(self, directory: CacheDirectory) -> None:
         (directory.path / "layout").write_text("2\n")
