@@ -3,11 +3,13 @@
 The key is blake3 over fixed-width digests, so no joined text can be read in two ways::
 
     header   = blake3("pllm/v1/header" NL canonical JSON of what is constant over the column)
-    head     = blake3("pllm/v1/request" NL header  kind  system  sample  attachments)
+    head     = blake3("pllm/v1/request" NL header  kind  system  sample  attachments  [retry])
     key      = blake3(head  prompt)
 
 Digests enter as 64 lowercase hex characters, `kind` as one letter (``t`` text, ``m`` messages), `sample`
 as 20 decimal digits, an absent system or attachment as 64 zeros (an empty system is not an absent one).
+`retry` is ``r`` and 20 decimal digits for the nth attempt beside the first, made because the answer before
+it did not fit its schema; it is not there at all for the first. A header has its schema only if it has one.
 Text is hashed as its UTF-8 bytes, with no Unicode normalisation: the model sees the difference.
 
 `tests/test_request.py` freezes v1 with golden vectors. A key that changes costs users money.
@@ -121,6 +123,9 @@ class RequestHeader:
         Canonical fields of the request body beside model and messages.
     headers
         Headers that change answers (API version, betas), lower-case names.
+    schema
+        Text of the JSON Schema that the answer must obey, as it goes on the wire: property order is
+        part of it. It enters the digest only where it is set.
     """
 
     provider: str
@@ -129,10 +134,13 @@ class RequestHeader:
     model: str
     body: Mapping[str, Json] = dataclasses.field(default_factory=dict)
     headers: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    schema: str | None = None
 
     def digest(self) -> str:
         """Hex blake3 of the canonical header."""
-        facts = canonical(dataclasses.asdict(self), "request")
+        facts = canonical(
+            {k: v for k, v in dataclasses.asdict(self).items() if k != "schema" or v is not None}, "request"
+        )
         return _blake3_of("pllm/v1/header\n" + _canonical_json(facts))
 
 
@@ -182,6 +190,7 @@ def key_hex(
     system: str | pl.Expr | None = None,
     sample: int | pl.Expr = 0,
     attachments: pl.Expr | None = None,
+    retry: pl.Expr | None = None,
 ) -> pl.Expr:
     """The key of each row as 64 hex characters; a null prompt has no key.
 
@@ -195,14 +204,18 @@ def key_hex(
         A constant, or an expression for one per row.
     attachments
         Hex digest of a row's images, null where it has none.
+    retry
+        How many answers to the same request did not fit their schema: 0, or None for a column of it,
+        is the request itself.
     """
-    constant = not any(isinstance(part, pl.Expr) for part in (kind, system, sample, attachments))
+    constant = not any(isinstance(part, pl.Expr) for part in (kind, system, sample, attachments, retry))
     parts = [
         pl.lit("pllm/v1/request\n" + header),
         kind if isinstance(kind, pl.Expr) else pl.lit(kind),
         _system_digest(system),
         _sample_digits(sample),
         pl.lit(_ABSENT) if attachments is None else attachments.fill_null(_ABSENT),
+        *([] if retry is None else [_retry_digits(retry)]),
     ]
     head = blake3(pl.concat_str(parts))
     if constant:
@@ -222,6 +235,11 @@ def _sample_digits(sample: int | pl.Expr) -> pl.Expr:
     if isinstance(sample, int):
         return pl.lit(f"{sample:020d}")
     return sample.cast(pl.String).str.zfill(20)
+
+
+def _retry_digits(retry: pl.Expr) -> pl.Expr:
+    digits = pl.concat_str(pl.lit("r"), retry.cast(pl.String).str.zfill(20))
+    return pl.when(retry > 0).then(digits).otherwise(pl.lit(""))
 
 
 def key_prefix(key_as_hex: pl.Expr) -> pl.Expr:

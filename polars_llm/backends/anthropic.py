@@ -43,6 +43,7 @@ from polars_llm.errors import AccountError
 from polars_llm.job import Job, Mode
 from polars_llm.pricing import Prices
 from polars_llm.request import RequestHeader, Requests
+from polars_llm.schema.rules import ANTHROPIC, worded
 
 if TYPE_CHECKING:
     import anthropic
@@ -115,6 +116,7 @@ class AnthropicBatch:
             model=self._model,
             body=messages.body(options, api_version=self._headers["anthropic-version"]),
             headers=self._headers,
+            schema=worded(options.schema, ANTHROPIC) if options.schema else None,
         )
 
     def render(self, requests: Requests) -> Iterator[bytes]:

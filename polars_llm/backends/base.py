@@ -49,7 +49,14 @@ class Limits:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Options:
-    """What the user set for a verb, by our names; None is unset and never sent."""
+    """What the user set for a verb, by our names; None is unset and never sent.
+
+    Parameters
+    ----------
+    schema
+        `Schema.json`. A backend puts it into `RequestHeader.schema` as its provider takes it
+        (`polars_llm.schema.rules.worded`).
+    """
 
     max_tokens: int | None = None
     temperature: float | None = None
@@ -58,6 +65,7 @@ class Options:
     seed: int | None = None
     reasoning_effort: str | None = None
     params: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    schema: str | None = None
 
 
 class Phase(StrEnum):

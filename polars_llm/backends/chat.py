@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ from polars_llm.answer import DONE
 from polars_llm.backends.base import Options
 from polars_llm.backends.replies import Reply, decoded, failed, never_ran, rows
 from polars_llm.errors import InvalidRequest
-from polars_llm.request import Json, Requests, canonical, custom_ids
+from polars_llm.request import Json, RequestHeader, Requests, canonical, custom_ids
 
 __all__ = ["ENDPOINT", "body", "custom_ids_of", "parse_lines", "read_reply", "render"]
 
@@ -40,8 +40,9 @@ def body(options: Options) -> dict[str, Json]:
         "reasoning_effort": options.reasoning_effort,
     }
     chosen = {name: value for name, value in fields.items() if value is not None}
+    ours = _OURS | chosen.keys() | ({"response_format"} if options.schema else set())
     for name in options.params:
-        if name in _OURS or name in chosen:
+        if name in ours:
             raise InvalidRequest(
                 f"params={{{name!r}: ...}} is set by the verb itself",
                 hint=f"leave {name!r} out of params. Nothing was sent.",
@@ -62,9 +63,14 @@ def render(requests: Requests) -> Iterator[bytes]:
         ids = part.select(custom_ids(pl.col("key"))).to_series().to_list()
         start = b'","method":"POST","url":' + encode(header.endpoint) + b',"body":{"model":'
         start += encode(header.model) + b',"messages":'
-        rows = zip(ids, _messages(part), _tails(header.body, part), strict=True)
+        rows = zip(ids, _messages(part), _tails(header, part), strict=True)
         for name, messages, tail in rows:
             yield b'{"custom_id":"' + name.encode() + start + messages + tail
+
+
+_FORMAT = (
+    b',"response_format":{"type":"json_schema","json_schema":{"name":"answer","strict":true,"schema":%b}}'
+)
 
 
 def _messages(part: pl.DataFrame) -> Iterator[bytes]:
@@ -90,14 +96,15 @@ def _with_first(messages: bytes, first: list[bytes]) -> bytes:
     return b"[" + first[0] + b"," + messages[1:] if first else messages
 
 
-def _tails(fields: Mapping[str, Json], part: pl.DataFrame) -> Iterator[bytes]:
+def _tails(header: RequestHeader, part: pl.DataFrame) -> Iterator[bytes]:
     encode = msgspec.json.Encoder().encode
-    seed = fields.get("seed")
+    fields, seed = header.body, header.body.get("seed")
+    # The schema is spliced in as text: encoding it again would lose the order of its properties.
+    last = b"}}" if header.schema is None else _FORMAT % header.schema.encode() + b"}}"
     for sample in part["sample"].to_list():
         # A seed fixes the answer: asking again means asking with the next one.
         row = {**fields, "seed": seed + sample} if isinstance(seed, int) and sample else fields
-        text = encode(row)
-        yield (b"," + text[1:] if row else b"}") + b"}"
+        yield (b"," + encode(row)[1:-1] if row else b"") + last
 
 
 # --- replies ------------------------------------------------------------------------------------

@@ -17,7 +17,7 @@ from polars_llm.answer import DONE
 from polars_llm.backends.base import Options
 from polars_llm.backends.replies import Reply, decoded, failed, never_ran, rows
 from polars_llm.errors import InvalidRequest
-from polars_llm.request import Json, Requests, canonical, custom_ids
+from polars_llm.request import Json, RequestHeader, Requests, canonical, custom_ids
 
 __all__ = [
     "API_VERSION",
@@ -112,6 +112,7 @@ def body(options: Options, *, api_version: str = API_VERSION) -> dict[str, Json]
             raise _refused(f"params={{{name!r}: ...}}", _NOT_IN_PARAMS[name], f"leave {name!r} out.")
         if name in chosen:
             raise _refused(f"params={{{name!r}: ...}}", "is set twice", f"leave {name!r} out of params.")
+    _check_format(options)
     whole = {"max_tokens": MAX_TOKENS, **chosen, **options.params, **_effort(options)}
     limit = whole["max_tokens"]
     if isinstance(limit, bool) or not isinstance(limit, int) or limit < 1:
@@ -134,6 +135,12 @@ def _check_sampling(options: Options, api_version: str) -> None:
                 "leave it out, or, for an older model that takes it, pass"
                 " model=pllm.Anthropic(NAME, api_version='2023-06-01').",
             )
+
+
+def _check_format(options: Options) -> None:
+    given = options.params.get("output_config")
+    if options.schema and not (given is None or (isinstance(given, Mapping) and "format" not in given)):
+        raise _refused("schema", "is set twice", "leave output_config.format out of params.")
 
 
 def _effort(options: Options) -> dict[str, Any]:
@@ -163,11 +170,23 @@ def render(requests: Requests) -> Iterator[bytes]:
     """
     encode = msgspec.json.Encoder().encode
     start = b'","params":{"model":' + encode(requests.header.model) + b',"messages":'
-    tail = b"," + encode(requests.header.body)[1:] + b"}"
+    tail = _tail(requests.header)
     for part in requests.frame.iter_slices(10_000):
         ids = part.select(custom_ids(pl.col("key"))).to_series().to_list()
         for name, text in zip(ids, _inputs(part), strict=True):
             yield b'{"custom_id":"' + name.encode() + start + text + tail
+
+
+def _tail(header: RequestHeader) -> bytes:
+    """What is the same for every row."""
+    encode = msgspec.json.Encoder().encode
+    if header.schema is None:
+        return b"," + encode(header.body)[1:] + b"}"
+    # The schema is spliced in as text: encoding it again would lose the order of its properties.
+    rest = {name: value for name, value in header.body.items() if name != "output_config"}
+    config = encode(header.body.get("output_config") or {})[1:-1]
+    format_ = b'"format":{"type":"json_schema","schema":' + header.schema.encode() + b"}}"
+    return b"," + encode(rest)[1:-1] + b',"output_config":{' + (config and config + b",") + format_ + b"}}"
 
 
 def _inputs(part: pl.DataFrame) -> Iterator[bytes]:

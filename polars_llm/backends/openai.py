@@ -35,6 +35,7 @@ from polars_llm.errors import AccountError
 from polars_llm.job import Job, Mode
 from polars_llm.pricing import Prices
 from polars_llm.request import RequestHeader, Requests
+from polars_llm.schema.rules import OPENAI, worded
 
 if TYPE_CHECKING:
     import openai
@@ -90,6 +91,7 @@ class OpenAIBatch:
             endpoint=chat.ENDPOINT,
             model=self._model,
             body=chat.body(options),
+            schema=worded(options.schema, OPENAI) if options.schema else None,
         )
 
     def render(self, requests: Requests) -> Iterator[bytes]:

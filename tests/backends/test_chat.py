@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import json
-from typing import Any
+from typing import Annotated, Any
 
+import msgspec
 import polars as pl
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+import polars_llm as pllm
 from polars_llm.answer import ACCOUNT, DONE, FAILED, RETRY
 from polars_llm.backends import chat
 from polars_llm.backends.base import Options
 from polars_llm.errors import InvalidRequest
-from polars_llm.request import RequestHeader, Requests, custom_id
+from polars_llm.request import RequestHeader, Requests, custom_id, key_hex
+from polars_llm.schema import freeze
 
 KEY = bytes(range(32))
 ID = custom_id(KEY)
@@ -111,6 +114,42 @@ def test_whole_conversations_go_as_they_are() -> None:
     )
     assert json.loads(plain)["body"]["messages"] == talk
     assert json.loads(led)["body"]["messages"] == [{"role": "system", "content": "s"}, *talk]
+
+
+SCHEMA = freeze({"b": Annotated[str, msgspec.Meta(min_length=2)], "a": int | None}).json
+
+
+def with_schema(model: pllm.OpenAI, **options: Any) -> Requests:
+    header = model.backend().header(Options(schema=SCHEMA, **options))
+    return Requests(header, requests([row("hi")]).frame)
+
+
+def test_a_schema_goes_as_strict_response_format_in_its_own_order() -> None:
+    (line,) = chat.render(with_schema(pllm.OpenAI("m", api_key="k"), temperature=0.5))
+    assert line.decode() == (
+        '{"custom_id":"' + ID + '","method":"POST","url":"/v1/chat/completions","body":{"model":"m",'
+        '"messages":[{"role":"user","content":"hi"}],"temperature":0.5,'
+        '"response_format":{"type":"json_schema","json_schema":{"name":"answer","strict":true,"schema":'
+        '{"type":"object","properties":{"b":{"description":"(minLength 2)","type":"string"},'
+        '"a":{"anyOf":[{"type":"integer"},{"type":"null"}]}},"required":["b","a"],'
+        '"additionalProperties":false}}}}}'
+    )
+
+
+def test_a_schema_and_nothing_else() -> None:
+    (line,) = chat.render(with_schema(pllm.OpenAI("m", api_key="k")))
+    assert list(json.loads(line)["body"]) == ["model", "messages", "response_format"]
+
+
+def test_a_schema_is_part_of_the_key() -> None:
+    header = with_schema(pllm.OpenAI("m", api_key="k")).header
+    key = pl.DataFrame({"p": ["hi"]}).select(key_hex(header.digest(), pl.col("p"))).item()
+    assert key == "796492ca633c959e9a6ddd1b1a68cf98cd9768d0546c330f8fddd97dc54c1beb"
+
+
+def test_a_schema_and_a_response_format_contradict_each_other() -> None:
+    with pytest.raises(InvalidRequest, match="response_format"):
+        chat.body(Options(schema=SCHEMA, params={"response_format": {"type": "json_object"}}))
 
 
 # --- replies ------------------------------------------------------------------------------------

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
-from typing import Any
+from typing import Annotated, Any
 
 import blake3
+import msgspec
 import polars as pl
 import pytest
 from hypothesis import given
@@ -17,6 +18,7 @@ from polars_llm.backends import messages
 from polars_llm.backends.base import Options
 from polars_llm.errors import InvalidRequest
 from polars_llm.request import RequestHeader, Requests, custom_id, key_hex
+from polars_llm.schema import freeze
 
 KEY = bytes(range(32))
 ID = custom_id(KEY)
@@ -203,6 +205,45 @@ def test_v1_is_frozen() -> None:
     headers = {"anthropic-beta": "a-1,b-2", "anthropic-version": OLD}
     assert pinned == oracle("claude-haiku-4-5", body, headers, "Why is the sky blue?")
     assert pinned == "43f24d99e0719bf168e73df05d1eb93b2a590484391ea5cc920a72cbc278fd6d"
+
+
+SCHEMA = freeze({"b": Annotated[str, msgspec.Meta(min_length=2)], "a": int | None}).json
+
+
+def with_schema(**options: Any) -> Requests:
+    header = pllm.Anthropic("m", api_key="k").backend().header(Options(schema=SCHEMA, **options))
+    return Requests(header, requests([row("hi")]).frame)
+
+
+@pytest.mark.parametrize(
+    ("options", "config"),
+    [
+        ({}, ""),
+        ({"reasoning_effort": "low"}, '"effort":"low",'),
+        ({"params": {"output_config": {"effort": "low"}}}, '"effort":"low",'),
+        ({"params": {"output_config": {}}}, ""),
+    ],
+)
+def test_a_schema_goes_as_output_format_in_its_own_order(options: dict[str, Any], config: str) -> None:
+    (line,) = messages.render(with_schema(**options))
+    assert line.decode() == (
+        '{"custom_id":"' + ID + '","params":{"model":"m","messages":[{"role":"user","content":"hi"}],'
+        '"max_tokens":4096,"output_config":{' + config + '"format":{"type":"json_schema","schema":'
+        '{"type":"object","properties":{"b":{"description":"(minLength 2)","type":"string"},'
+        '"a":{"anyOf":[{"type":"integer"},{"type":"null"}]}},"required":["b","a"],'
+        '"additionalProperties":false}}}}}'
+    )
+
+
+def test_a_schema_is_part_of_the_key() -> None:
+    key = pl.DataFrame({"p": ["hi"]}).select(key_hex(with_schema().header.digest(), pl.col("p"))).item()
+    assert key == "155029b01e9cbe4bf025c90a9d192c4df30c0d33f5c310a2cee8594bcafde4b8"
+
+
+@pytest.mark.parametrize("config", [{"format": {"type": "json_schema"}}, "x"])
+def test_a_schema_and_an_output_format_contradict_each_other(config: Any) -> None:
+    with pytest.raises(InvalidRequest, match="set twice"):
+        messages.body(Options(schema=SCHEMA, params={"output_config": config}))
 
 
 def test_the_default_limit_and_the_same_limit_set_by_hand_are_one_request() -> None:
