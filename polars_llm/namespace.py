@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, TypeVar, Unpack
 
 import polars as pl
@@ -13,7 +13,8 @@ from polars_llm.config import OnPending
 from polars_llm.errors import LLMWarning
 from polars_llm.frame import engine, nodes, verbs
 from polars_llm.frame.estimate import CountTokens
-from polars_llm.frame.verbs import GenerateOptions
+from polars_llm.frame.labels import LabelsLike
+from polars_llm.frame.verbs import CommonOptions, GenerateOptions
 
 if TYPE_CHECKING:
     from polars._typing import IntoExpr
@@ -22,7 +23,7 @@ __all__ = ["LLMDataFrame", "LLMExpr", "LLMLazyFrame", "LLMSeries", "register"]
 
 F = TypeVar("F", bound=Callable[..., Any])
 
-_GENERATE = """Ask a model one prompt a row; the answers come back as {gives}.
+_VERB = """{task} {gives}.
 
         The distinct prompts that have no answer yet become one offline batch job, at half price.
         {when} Evaluating the same again resumes: what was sent is never sent twice, what was answered
@@ -30,8 +31,8 @@ _GENERATE = """Ask a model one prompt a row; the answers come back as {gives}.
 
         Parameters
         ----------
-        prompt
-            {prompt}
+        {first}
+            {prompt}{more}{own}
         model
             ``"openai/NAME"``, or a model object such as ``pllm.OpenAI("NAME")``. Default:
             ``pllm.Config(model=...)``, then the environment variable ``POLARS_LLM_MODEL``.
@@ -41,9 +42,10 @@ _GENERATE = """Ask a model one prompt a row; the answers come back as {gives}.
         name
             Name of the column.
         output
-            ``"value"`` gives a String column. ``"full"`` gives a Struct of value, status (Enum done,
+            ``"value"`` gives {value}. ``"full"`` gives a Struct of value, status (Enum done,
             pending, failed), error, finish_reason, input_tokens, cached_input_tokens, output_tokens,
-            cost_usd, model, job_id and key. Duplicate rows share a key: sum costs over unique keys.
+            cost_usd, model, job_id and key; for typed values also raw, the text as it came. Duplicate
+            rows share a key: sum costs over unique keys.
         on_pending
             ``"raise"`` (default) submits what is missing and raises `JobsPending`. ``"wait"`` stays,
             with a progress bar; Ctrl+C stops the waiting, not the job. ``"null"`` submits, and gives
@@ -67,6 +69,10 @@ _GENERATE = """Ask a model one prompt a row; the answers come back as {gives}.
             The most that this evaluation may cost, in USD, what it has in flight included. What may pass
             it is not sent: `BudgetExceeded`. It is compared with a bound that holds (no more tokens than
             bytes, answers of `max_tokens`), so set `max_tokens`, too.
+        retries_on_invalid
+            How often a request is asked again whose answer does not fit {fits}. Each time is a request of
+            its own, paid and kept; the first answer that fits counts. What never fits is failed, error
+            ``invalid_output``.
 
         Returns
         -------
@@ -76,7 +82,8 @@ _GENERATE = """Ask a model one prompt a row; the answers come back as {gives}.
         Raises
         ------
         ModelNotChosen, InvalidRequest
-            At call: no model, or an argument that cannot be sent. {late}: a column that is not text.
+            At call: no model, an argument that cannot be sent, {refused}. {late}: a column that is
+            not text.
         JobsPending
             {late}, with ``on_pending="raise"``, while answers are missing.
         RequestsFailed
@@ -95,19 +102,53 @@ _GENERATE = """Ask a model one prompt a row; the answers come back as {gives}.
         duplicates, cached answers and failed requests.
 """
 
+_PUSHDOWN = """
+        pushdown
+            True: elementwise, so that only the rows that a query needs are asked; to be collected with
+            ``lf.llm.collect()`` or on `pllm.Engine`. Default: True while that engine is the active one."""
 _EAGER = "The first call submits it and raises `JobsPending`; a later call returns the answers."
 _LAZY = "The first collect submits it and raises `JobsPending`; a later one returns the answers."
+_TEXT = "A column's name, or an expression of texts."
 _COLUMN = "A column's name, or an expression such as ``pl.format('Summarise: {}', 'text')``."
 
 
-def _documented(**words: str) -> Callable[[F], F]:
+_GENERATE = {
+    "task": "Ask a model one prompt a row; the answers come back as",
+    "first": "prompt",
+    "more": """
+        schema
+            What every answer must be: a pydantic model, a dataclass or TypedDict class, a `pl.Struct` or
+            `pl.Schema`, a dict of names and dtypes or types, or a JSON Schema as a dict. The column is
+            then a Struct with real dtypes (docs/schema.md). It is part of the key.""",
+    "value": "a String column, or with `schema` a Struct",
+    "fits": "its `schema`",
+    "refused": "or a schema that the provider could not keep to: the message names the field",
+}
+_CLASSIFY = {
+    "task": "Sort one text a row under one of several labels; they come back as",
+    "first": "text",
+    "more": """
+        labels
+            A list of labels, an Enum class (its values), a `pl.Enum`, or a dict of labels and what each
+            means. Their order and descriptions are part of the key. The model is told by a fixed text
+            with the labels (docs/schema.md), followed by `system`.""",
+    "value": "an Enum column of exactly these labels",
+    "fits": "any label",
+    "refused": "no labels, blank ones, or labels that collide when case is folded",
+}
+
+
+def _documented(verb: Mapping[str, str] = _GENERATE, **words: str) -> Callable[[F], F]:
     """Give a method the verb's docstring, and the signature that it passes on."""
 
     def dress(method: F) -> F:
-        method.__doc__ = _GENERATE.format_map(_Literal(words))
+        method.__doc__ = _VERB.format_map(_Literal({"own": "", **verb, **words}))
         own = inspect.signature(method)
         passed = inspect.signature(verbs.generate).parameters.values()
         options = [p for p in passed if p.kind is p.KEYWORD_ONLY]
+        if verb is _CLASSIFY:
+            options = [p.replace(default="label") if p.name == "name" else p for p in options]
+            options = [p for p in options if p.name != "schema"]
         first = [p for p in own.parameters.values() if p.kind is not p.VAR_KEYWORD]
         method.__signature__ = own.replace(parameters=[*first, *options])  # type: ignore[attr-defined]
         return method
@@ -192,6 +233,18 @@ class LLMDataFrame:
         resolved = verbs.resolve_verb(verb)(prompt, *arguments, **options)
         return nodes.estimated(self._frame.lazy(), resolved, count_tokens)
 
+    @_documented(
+        _CLASSIFY,
+        gives="a column",
+        when=_EAGER,
+        prompt=_TEXT,
+        returns="DataFrame",
+        what="The frame with the column `name`.",
+        late="At call",
+    )
+    def classify(self, text: IntoExpr, labels: LabelsLike, **options: Unpack[CommonOptions]) -> pl.DataFrame:
+        return nodes.on_frame(self._frame, verbs.classify(text, labels, **options))
+
 
 class LLMLazyFrame:
     """LLM verbs on a LazyFrame: each adds a column, and pays for the rows that the query needs."""
@@ -221,6 +274,18 @@ class LLMLazyFrame:
     ) -> pl.DataFrame:
         resolved = verbs.resolve_verb(verb)(prompt, *arguments, **options)
         return nodes.estimated(self._frame, resolved, count_tokens)
+
+    @_documented(
+        _CLASSIFY,
+        gives="a column",
+        when=_LAZY,
+        prompt=_TEXT,
+        returns="LazyFrame",
+        what="The lazy frame with the column `name`. Building and explaining it sends nothing.",
+        late="At collect",
+    )
+    def classify(self, text: IntoExpr, labels: LabelsLike, **options: Unpack[CommonOptions]) -> pl.LazyFrame:
+        return nodes.lazily(self._frame, verbs.classify(text, labels, **options))
 
     def collect(self, *, on_pending: OnPending = "wait", **options: Any) -> pl.DataFrame:
         """Collect the query, driving all its LLM verbs to the end.
@@ -293,12 +358,29 @@ class LLMExpr:
         gives="an expression",
         when=_LAZY,
         prompt="The expression itself.",
+        own=_PUSHDOWN,
         returns="Expr",
         what="The answers, named `name`; the whole column is asked at once.",
         late="When evaluated",
     )
     def generate(self, *, pushdown: bool | None = None, **options: Unpack[GenerateOptions]) -> pl.Expr:
         verb = verbs.generate(self._expr, **options)
+        return nodes.expression(verb, pushdown=engine.is_active() if pushdown is None else pushdown)
+
+    @_documented(
+        _CLASSIFY,
+        gives="an expression",
+        when=_LAZY,
+        prompt="The expression itself.",
+        own=_PUSHDOWN,
+        returns="Expr",
+        what="The labels, named `name`; the whole column is asked at once.",
+        late="When evaluated",
+    )
+    def classify(
+        self, labels: LabelsLike, *, pushdown: bool | None = None, **options: Unpack[CommonOptions]
+    ) -> pl.Expr:
+        verb = verbs.classify(self._expr, labels, **options)
         return nodes.expression(verb, pushdown=engine.is_active() if pushdown is None else pushdown)
 
 
@@ -318,6 +400,18 @@ class LLMSeries:
     )
     def generate(self, **options: Unpack[GenerateOptions]) -> pl.Series:
         return nodes.on_series(self._series, verbs.generate(pl.col(verbs.PROMPT), **options))
+
+    @_documented(
+        _CLASSIFY,
+        gives="a Series",
+        when=_EAGER,
+        prompt="The series itself.",
+        returns="Series",
+        what="The labels, named `name`.",
+        late="At call",
+    )
+    def classify(self, labels: LabelsLike, **options: Unpack[CommonOptions]) -> pl.Series:
+        return nodes.on_series(self._series, verbs.classify(pl.col(verbs.PROMPT), labels, **options))
 
 
 _REGISTER: tuple[tuple[type, Callable[[str], Callable[[type], type]], type], ...] = (

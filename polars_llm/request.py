@@ -3,13 +3,14 @@
 The key is blake3 over fixed-width digests, so no joined text can be read in two ways::
 
     header   = blake3("pllm/v1/header" NL canonical JSON of what is constant over the column)
-    head     = blake3("pllm/v1/request" NL header  kind  system  sample  attachments  [retry])
+    head     = blake3("pllm/v1/request" NL header  kind  system  sample  attachments)
     key      = blake3(head  prompt)
+    retry    = blake3("pllm/v1/retry" NL key)
 
 Digests enter as 64 lowercase hex characters, `kind` as one letter (``t`` text, ``m`` messages), `sample`
 as 20 decimal digits, an absent system or attachment as 64 zeros (an empty system is not an absent one).
-`retry` is ``r`` and 20 decimal digits for the nth attempt beside the first, made because the answer before
-it did not fit its schema; it is not there at all for the first. A header has its schema only if it has one.
+A header has its schema only if it has one. A request that is made because the answer to another did not fit
+their schema has the key `retry` of that other's.
 Text is hashed as its UTF-8 bytes, with no Unicode normalisation: the model sees the difference.
 
 `tests/test_request.py` freezes v1 with golden vectors. A key that changes costs users money.
@@ -40,6 +41,7 @@ __all__ = [
     "key_from_custom_id",
     "key_hex",
     "key_prefix",
+    "retry_key",
 ]
 
 Json: TypeAlias = "bool | int | float | str | list[Json] | dict[str, Json] | None"
@@ -161,7 +163,8 @@ class Requests:
     frame
         One row a request: ``key`` Binary (32 bytes), ``attempt`` UInt16 (1 for the first),
         ``prompt`` String (or, where `kind` is ``"m"``, the messages as canonical JSON), ``kind``
-        String, ``system`` String or null, ``sample`` Int64.
+        String, ``system`` String or null, ``sample`` Int64 (what a set seed is raised by). With a schema
+        also ``retry`` Int64: how many answers to the same request did not fit.
     """
 
     header: RequestHeader
@@ -190,7 +193,6 @@ def key_hex(
     system: str | pl.Expr | None = None,
     sample: int | pl.Expr = 0,
     attachments: pl.Expr | None = None,
-    retry: pl.Expr | None = None,
 ) -> pl.Expr:
     """The key of each row as 64 hex characters; a null prompt has no key.
 
@@ -204,18 +206,14 @@ def key_hex(
         A constant, or an expression for one per row.
     attachments
         Hex digest of a row's images, null where it has none.
-    retry
-        How many answers to the same request did not fit their schema: 0, or None for a column of it,
-        is the request itself.
     """
-    constant = not any(isinstance(part, pl.Expr) for part in (kind, system, sample, attachments, retry))
+    constant = not any(isinstance(part, pl.Expr) for part in (kind, system, sample, attachments))
     parts = [
         pl.lit("pllm/v1/request\n" + header),
         kind if isinstance(kind, pl.Expr) else pl.lit(kind),
         _system_digest(system),
         _sample_digits(sample),
         pl.lit(_ABSENT) if attachments is None else attachments.fill_null(_ABSENT),
-        *([] if retry is None else [_retry_digits(retry)]),
     ]
     head = blake3(pl.concat_str(parts))
     if constant:
@@ -237,9 +235,9 @@ def _sample_digits(sample: int | pl.Expr) -> pl.Expr:
     return sample.cast(pl.String).str.zfill(20)
 
 
-def _retry_digits(retry: pl.Expr) -> pl.Expr:
-    digits = pl.concat_str(pl.lit("r"), retry.cast(pl.String).str.zfill(20))
-    return pl.when(retry > 0).then(digits).otherwise(pl.lit(""))
+def retry_key(key_as_hex: pl.Expr) -> pl.Expr:
+    """The key of the same request asked again, because the answer to this one did not fit its schema."""
+    return blake3(pl.concat_str(pl.lit("pllm/v1/retry\n"), key_as_hex))
 
 
 def key_prefix(key_as_hex: pl.Expr) -> pl.Expr:

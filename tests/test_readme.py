@@ -21,7 +21,7 @@ def test_the_blocks_run(page: Path, provider: testing.Provider, tmp_path: Path, 
     monkeypatch.chdir(tmp_path)
     names: dict[str, Any] = {"__name__": "__main__"}
     for number, block in enumerate(re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL)):
-        exec(compile(block, f"{page.name}, block {number + 1}", "exec"), names)
+        exec(compile(block, f"{page.name}, block {number + 1}", "exec", dont_inherit=True), names)
 
 
 def test_the_commands_are_there() -> None:

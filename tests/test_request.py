@@ -22,6 +22,7 @@ from polars_llm.request import (
     key_hex,
     key_prefix,
     plain_messages,
+    retry_key,
 )
 
 HEADER = RequestHeader(provider="openai", base_url=None, endpoint="/v1/chat/completions", model="gpt-6-luna")
@@ -42,9 +43,7 @@ def digest(text: str) -> str:
     return blake3.blake3(text.encode()).hexdigest()
 
 
-def oracle_key(
-    header: RequestHeader, prompt: str, system: str | None = None, sample: int = 0, retry: int = 0
-) -> str:
+def oracle_key(header: RequestHeader, prompt: str, system: str | None = None, sample: int = 0) -> str:
     """The format of request.py's docstring, written a second time without Polars or msgspec."""
     facts: dict[str, Any] = {
         "base_url": header.base_url,
@@ -64,7 +63,6 @@ def oracle_key(
         + ("0" * 64 if system is None else digest(system))
         + f"{sample:020d}"
         + "0" * 64
-        + (f"r{retry:020d}" if retry else "")
     )
     return digest(head + digest(prompt))
 
@@ -122,23 +120,21 @@ def test_chunks_and_slices_do_not_matter(prompts: list[str | None], cut: int) ->
 
 def test_schema_and_retry_are_frozen() -> None:
     strict = dataclasses.replace(HEADER, schema='{"type":"object"}')
-    retries = [keys(["Why is the sky blue?"], strict, retry=pl.lit(n)) for n in (0, 1, 12)]
-    assert retries[0] == keys(["Why is the sky blue?"], strict)
-    assert retries == [
-        ["a8bb3f5006e397177a9070622e3c4c0c22fc524fd33cb7cd161b103d4358a7fe"],
-        ["1f94475e4c55d63d157595d6f8b711c8898ec28b92ebfa9b72c08405ed4c07cc"],
-        ["ad3d219897dc9003c658dd39dd1d4cf24d979353d8387b5cf3ee0cef75611014"],
-    ]
+    (key,) = keys(["Why is the sky blue?"], strict)
+    frame = pl.DataFrame({"k": [key]}).select("k", r=retry_key(pl.col("k")))
+    assert frame.row(0) == (
+        "a8bb3f5006e397177a9070622e3c4c0c22fc524fd33cb7cd161b103d4358a7fe",
+        "f5483a39b2476920fd201bcc4fde89f06efff27ab180b27a003ecd07f88715ce",
+    )
 
 
-@given(schema=st.none() | TEXT, retries=st.lists(st.integers(0, 2**40), min_size=1, max_size=4), prompt=TEXT)
-def test_keys_of_schemas_and_retries_follow_the_documented_format(
-    schema: str | None, retries: list[int], prompt: str
-) -> None:
+@given(schema=st.none() | TEXT, prompt=TEXT)
+def test_keys_of_schemas_and_retries_follow_the_documented_format(schema: str | None, prompt: str) -> None:
     header = dataclasses.replace(HEADER, schema=schema)
-    frame = pl.DataFrame({"p": [prompt] * len(retries), "r": retries}, schema={"p": pl.String, "r": pl.Int64})
-    found = frame.select(k=key_hex(header.digest(), pl.col("p"), retry=pl.col("r")))["k"].to_list()
-    assert found == [oracle_key(header, prompt, retry=n) for n in retries]
+    assert keys([prompt], header) == [oracle_key(header, prompt)]
+    frame = pl.DataFrame({"k": [*keys([prompt], header), None]}, schema={"k": pl.String})
+    retry = frame.select(retry_key(pl.col("k"))).to_series().to_list()
+    assert retry == [digest("pllm/v1/retry\n" + oracle_key(header, prompt)), None]
 
 
 def test_null_prompts_have_no_key() -> None:

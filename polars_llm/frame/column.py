@@ -12,12 +12,13 @@ import polars as pl
 from polars_llm.answer import DONE, FAILED, RETRY
 from polars_llm.config import OnError
 from polars_llm.errors import LLMWarning, RequestsFailed
+from polars_llm.frame.typed import INVALID_OUTPUT
 from polars_llm.jobs.evaluate import Pending
 from polars_llm.jobs.lookup import Policy
 from polars_llm.request import custom_ids
 from polars_llm.store import Store
 
-__all__ = ["FULL", "STATUS", "Failures", "column", "warn"]
+__all__ = ["FULL", "STATUS", "Failures", "column", "full", "warn"]
 
 # Failures of which nobody knows whether they were answered, and therefore paid for.
 _MAY_BE_BILLED = frozenset({"missing_result", "results_gone"})
@@ -39,6 +40,11 @@ FULL: Mapping[str, pl.DataType] = {
 }
 
 
+def full(value: pl.DataType | None = None) -> dict[str, pl.DataType]:
+    """Fields of ``output="full"``; answers with a schema have values of `value`, and ``raw``: their text."""
+    return dict(FULL) if value is None else {**FULL, "value": value, "raw": pl.String()}
+
+
 def column(
     found: pl.DataFrame,
     rows: pl.DataFrame,
@@ -48,6 +54,8 @@ def column(
     full_key: pl.Expr | None,
 ) -> pl.Series:
     """Answers in the order of `found`; with `full_key` as the struct of ``output="full"``."""
+    if full_key is None and "value" in found.columns:
+        return found["value"]
     if full_key is None:
         return store.results.read(_only_done(found), ["text"]).to_series()
     status = _status(found, policy, pending)
@@ -68,7 +76,16 @@ def _struct(facts: pl.DataFrame, key: pl.Series, found: pl.DataFrame, pending: P
         value=pl.when(pl.col("status") == "done").then("text"),
         error=pl.when(pl.col("status") == "failed").then(_said()),
     )
-    whole = pl.struct(pl.col(n).cast(t) for n, t in FULL.items())
+    dtypes = full()
+    if "value" in found.columns:
+        dtypes = full(found["value"].dtype)
+        wrong = pl.format(f"{INVALID_OUTPUT}: {{}}", found["reason"])
+        fields = fields.with_columns(
+            found["value"],
+            raw="text",
+            error=pl.when(found["reason"].is_null()).then("error").otherwise(wrong),
+        )
+    whole = pl.struct(pl.col(n).cast(t) for n, t in dtypes.items())
     # A null prompt has a null answer, not a struct of nulls.
     return fields.select(pl.when("asked").then(whole).alias("full")).to_series()
 
@@ -143,6 +160,9 @@ class Failures:
         failed = found.filter(_failed(found, self._policy, pending)).unique("key")
         if failed.height:
             kinds = self._store.results.read(failed, ["error"])
+            if "reason" in failed.columns:
+                invalid = failed["reason"].is_not_null()
+                kinds = kinds.select(pl.when(~invalid).then("error").otherwise(pl.lit(INVALID_OUTPUT)))
             self._failed.append(failed.select("key").with_columns(kinds))
 
     def report(self, on_error: OnError) -> None:
@@ -154,16 +174,28 @@ class Failures:
         counts = {str(kind): int(n) for kind, n in kinds.rows()}
         listed = ", ".join(f"{kind} {n:,}" for kind, n in counts.items())
         fact = f"{failed.height:,} of {self._asked:,} requests failed: {listed}."
-        money = "Providers do not bill failed requests"
-        if lost := _MAY_BE_BILLED & counts.keys():
-            money += f" (but may have billed those with {' or '.join(sorted(lost))})"
-        hint = (
-            f"output='full' shows each error; retry_failed=True sends them again. {money}, and they are not"
-            " sent again by themselves."
-        )
+        hint = _hint(counts)
         if on_error == "raise":
             raise RequestsFailed(fact, failed=failed.height, kinds=counts, hint=hint)
         warn(f"{fact}\n\nHint: {hint}")
+
+
+def _hint(kinds: Mapping[str, int]) -> str:
+    said = []
+    if kinds.keys() != {INVALID_OUTPUT}:
+        money = "Providers do not bill failed requests"
+        if lost := _MAY_BE_BILLED & kinds.keys():
+            money += f" (but may have billed those with {' or '.join(sorted(lost))})"
+        said.append(
+            f"output='full' shows each error; retry_failed=True sends them again. {money}, and they are not"
+            " sent again by themselves."
+        )
+    if INVALID_OUTPUT in kinds:
+        said.append(
+            "Answers that do not fit their schema were billed: output='full' shows why, and their text;"
+            " a higher retries_on_invalid asks for them again."
+        )
+    return " ".join(said)
 
 
 def warn(message: str) -> None:

@@ -98,7 +98,8 @@ def _driven(run: Callable[[], T], plans: Sequence[pl.LazyFrame], on_pending: OnP
             _report(staged)
             return result, True  # type: ignore[return-value]  # a complete pass has a result
         asked.update(staged.places)
-        if not staged.wanted or max(asked.values()) > _MOST_PASSES:
+        retries = max((verb.typed.retries for verb, _ in staged.wanted if verb.typed), default=0)
+        if not staged.wanted or max(asked.values()) > _MOST_PASSES + retries:
             raise never_ends(staged.wanted)
         pending = _bring(staged.wanted, on_pending)
         if pending is not None and pending[0].jobs:

@@ -69,7 +69,7 @@ class _Seen:
         self._known: list[pl.DataFrame] = []
 
     def add(self, rows: pl.DataFrame) -> None:
-        found = self._verb.store.results.find(self._verb.keys(rows))
+        found = self._verb.find(rows, self._verb.keys(rows))
         self._rows += rows.height
         self._nulls += found["key"].null_count()
         self._found.append(found.drop_nulls("key").unique("key"))

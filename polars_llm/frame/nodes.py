@@ -177,7 +177,7 @@ class _Asked:
         self.look_again()
 
     def look_again(self) -> None:
-        self.found = self.verb.store.results.find(self._keys)
+        self.found = self.verb.find(self.rows, self._keys)
 
     def missing(self) -> Requests | None:
         if unanswered(self.found, self.verb.policy).is_empty():

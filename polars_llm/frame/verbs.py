@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TypeAlias, TypedDict, get_args
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias, TypedDict, Unpack, cast, get_args
 
 import polars as pl
 
@@ -19,23 +19,28 @@ from polars_llm.backends.hosts import is_loopback
 from polars_llm.config import OnError, OnPending, settings, usd
 from polars_llm.errors import InvalidRequest
 from polars_llm.forks import refuse_hanging
-from polars_llm.frame.column import FULL, Failures, column, warn
+from polars_llm.frame.column import Failures, column, full, warn
+from polars_llm.frame.labels import FIELD, Labels, LabelsLike
+from polars_llm.frame.typed import SEED_STEP, Typed, nth_retry
 from polars_llm.jobs.evaluate import Need, Pending, evaluate
 from polars_llm.jobs.lookup import Policy, unanswered
 from polars_llm.models import Model, resolve
 from polars_llm.pricing import is_known
 from polars_llm.request import RequestHeader, Requests, key_hex, key_prefix
+from polars_llm.schema import Schema, freeze
 from polars_llm.store import Store, open_store
 
 if TYPE_CHECKING:
     from polars._typing import IntoExpr
 
 __all__ = [
+    "CommonOptions",
     "GenerateOptions",
     "Output",
     "Verb",
     "Wanted",
     "bring",
+    "classify",
     "generate",
     "needs",
     "resolve_verb",
@@ -45,11 +50,11 @@ __all__ = [
 Output: TypeAlias = Literal["value", "full"]
 
 # Inputs of a verb as columns of their own, whatever the user's frame calls them.
-PROMPT, SYSTEM, SAMPLE = "__pllm_prompt", "__pllm_system", "__pllm_sample"
+PROMPT, SYSTEM, SAMPLE, RETRY = "__pllm_prompt", "__pllm_system", "__pllm_sample", "__pllm_retry"
 
 
-class GenerateOptions(TypedDict, total=False):
-    """Keyword arguments of `generate`, for type checkers (a test holds the two together)."""
+class CommonOptions(TypedDict, total=False):
+    """Keyword arguments that verbs share, for type checkers (a test holds them to the signatures)."""
 
     model: str | Model | None
     system: str | pl.Expr | None
@@ -67,6 +72,13 @@ class GenerateOptions(TypedDict, total=False):
     sample: int | pl.Expr
     retry_failed: bool
     max_cost: float | None
+    retries_on_invalid: int
+
+
+class GenerateOptions(CommonOptions, total=False):
+    """Keyword arguments of `generate`."""
+
+    schema: Any
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -85,11 +97,13 @@ class Verb:
     on_error: OnError
     policy: Policy
     cache_dir: Path | None
+    typed: Typed | None = None
 
     @property
     def dtype(self) -> pl.DataType:
         """Of the column that it gives."""
-        return pl.Struct(FULL) if self.output == "full" else pl.String()
+        value = self.typed.dtype if self.typed else None
+        return pl.Struct(full(value)) if self.output == "full" else value or pl.String()
 
     @property
     def store(self) -> Store:
@@ -116,6 +130,17 @@ class Verb:
             .to_series()
         )
 
+    def find(self, rows: pl.DataFrame, keys: pl.Series) -> pl.DataFrame:
+        """What is known of each row: `ResultStore.find`, and with a schema `Typed.settled`."""
+        found = self.store.results.find(keys)
+        if self.typed is None:
+            return found
+
+        def hexes(which: pl.Series) -> pl.Series:
+            return rows.filter(which).select(self._key_hex()).to_series()
+
+        return self.typed.settled(found, hexes, self.store.results)
+
     def _key_hex(self) -> pl.Expr:
         system = pl.col(SYSTEM) if isinstance(self.system, pl.Expr) else self.system
         return key_hex(
@@ -132,17 +157,27 @@ class Verb:
     def requests(self, rows: pl.DataFrame, found: pl.DataFrame) -> Requests:
         """The distinct requests among `rows` that have no answer."""
         missing = found["key"].is_in(unanswered(found, self.policy)["key"].implode())
-        wanted = rows.with_columns(__prefix=found["key"]).filter(missing)
+        wanted = _numbered(rows, found).with_columns(__prefix=found["key"]).filter(missing)
         wanted = wanted.unique("__prefix", keep="first", maintain_order=True)
         frame = wanted.select(
-            key=self._key_hex().str.decode("hex"),
+            key=self._full_key(wanted),
             attempt=pl.lit(1, pl.UInt16),
             prompt=PROMPT,
             kind=pl.lit("t"),
             system=pl.lit(self.system, pl.String) if not isinstance(self.system, pl.Expr) else SYSTEM,
             sample=pl.lit(self.sample, pl.Int64) if not isinstance(self.sample, pl.Expr) else SAMPLE,
         )
+        if self.typed is not None:
+            raised = pl.col("sample") + pl.col("retry") * SEED_STEP
+            frame = frame.with_columns(wanted[RETRY].alias("retry")).with_columns(sample=raised)
         return self.distinct(frame)
+
+    def _full_key(self, rows: pl.DataFrame) -> pl.Expr:
+        """Binary keys of numbered rows."""
+        made = self._key_hex()
+        if RETRY in rows.columns and (most := cast("int", rows[RETRY].max() or 0)):
+            made = nth_retry(made, pl.col(RETRY), most)
+        return made.str.decode("hex")
 
     def distinct(self, frame: pl.DataFrame) -> Requests:
         """Requests of this verb, from a frame of distinct ones."""
@@ -154,7 +189,8 @@ class Verb:
 
     def lay(self, found: pl.DataFrame, rows: pl.DataFrame, pending: Pending | None) -> pl.Series:
         """Answers on their rows."""
-        full_key = self._key_hex().str.decode("hex") if self.output == "full" else None
+        rows = _numbered(rows, found)
+        full_key = self._full_key(rows) if self.output == "full" else None
         return column(found, rows, self.store, self.policy, pending, full_key).alias(self.name)
 
 
@@ -165,6 +201,8 @@ Wanted: TypeAlias = tuple[Verb, Requests]
 def bring(wanted: Sequence[Wanted]) -> Pending:
     """Let the heart get these answers for verbs of one policy, everything in one evaluation.
 
+    What comes and does not fit its schema is asked again, in an evaluation of its own.
+
     Raises
     ------
     JobsPending
@@ -173,6 +211,11 @@ def bring(wanted: Sequence[Wanted]) -> Pending:
     verb = wanted[0][0]
     warn_of_unknown_prices([v for v, _ in wanted if v.output == "full"])
     pending = evaluate(needs(wanted), verb.store, verb.policy)
+    while again := [
+        (v, r) for v, asked in wanted if v.typed and (r := v.typed.again(asked, v.store.results))
+    ]:
+        wanted = again
+        pending = pending.with_more(evaluate(needs(wanted), verb.store, verb.policy))
     if pending.jobs and verb.on_pending == "raise":
         raise pending.error(verb.policy.poll_interval)
     return pending
@@ -232,6 +275,11 @@ def _merged(requests: Sequence[Requests]) -> list[Requests]:
         frame = pl.concat([merged[name].frame, r.frame]) if name in merged else r.frame
         merged[name] = Requests(r.header, frame.unique("key", keep="first", maintain_order=True))
     return list(merged.values())
+
+
+def _numbered(rows: pl.DataFrame, found: pl.DataFrame) -> pl.DataFrame:
+    """Rows with the attempt that `Verb.find` found for each, where they have a schema."""
+    return rows.with_columns(found["retry"].alias(RETRY)) if "retry" in found.columns else rows
 
 
 def _expr(prompt: IntoExpr) -> pl.Expr:
@@ -303,6 +351,7 @@ def generate(
     *,
     model: str | Model | None = None,
     system: str | pl.Expr | None = None,
+    schema: Any = None,
     name: str = "response",
     output: Output = "value",
     on_pending: OnPending | None = None,
@@ -317,11 +366,13 @@ def generate(
     sample: int | pl.Expr = 0,
     retry_failed: bool = False,
     max_cost: float | None = None,
+    retries_on_invalid: int = 0,
 ) -> Verb:
     """Resolve a call of generate; the namespaces' docstrings say what each argument means."""
     refuse_hanging()
     chosen = settings(on_pending=on_pending, on_error=on_error)
     _check_arguments(name=name, output=output, system=system, sample=sample, max_tokens=max_tokens)
+    typed = _typed(schema, retries_on_invalid)
     options = Options(
         max_tokens=max_tokens,
         temperature=temperature,
@@ -330,6 +381,7 @@ def generate(
         seed=seed,
         reasoning_effort=reasoning_effort,
         params=params or {},
+        schema=typed.schema.json if typed else None,
     )
     chosen_model = resolve(model or chosen.model)
     backend = chosen_model.backend()
@@ -354,19 +406,46 @@ def generate(
             budget_since=chosen.max_cost_since,
         ),
         cache_dir=chosen.cache_dir,
+        typed=typed,
     )
 
 
-_VERBS: dict[str, Callable[..., Verb]] = {"generate": generate}
+def classify(text: IntoExpr, labels: LabelsLike, **options: Unpack[CommonOptions]) -> Verb:
+    """Resolve a call of classify: generate, with a task, and a schema of one label."""
+    if "schema" in options:
+        raise TypeError("classify has labels, and takes no schema")
+    named = Labels.of(labels)
+    own = options.get("system")
+    _check_arguments(system=own)
+    given: GenerateOptions = {"name": "label", **options, "system": named.system(own), "schema": named.schema}
+    verb = generate(text, **given)
+    assert verb.typed is not None
+    return dataclasses.replace(verb, typed=dataclasses.replace(verb.typed, field=FIELD))
+
+
+_VERBS: dict[str, Callable[..., Verb]] = {"generate": generate, "classify": classify}
+
+
+def _typed(schema: Any, retries: int) -> Typed | None:
+    wrong = None
+    if isinstance(retries, bool) or not isinstance(retries, int) or retries < 0:
+        wrong = f"retries_on_invalid is {retries!r}, not a number of attempts"
+    elif schema is None and retries:
+        wrong = "retries_on_invalid says what to do with answers that do not fit a schema, and there is none"
+    if wrong:
+        raise InvalidRequest(wrong, hint="for example schema=S, retries_on_invalid=1. Nothing was sent.")
+    if schema is None:
+        return None
+    return Typed(schema if isinstance(schema, Schema) else freeze(schema), retries)
 
 
 def _check_arguments(
     *,
-    name: str,
-    output: str,
-    system: object,
-    sample: object,
-    max_tokens: int | None,
+    name: str = "response",
+    output: str = "value",
+    system: object = None,
+    sample: object = 0,
+    max_tokens: int | None = None,
 ) -> None:
     wrong = None
     if output not in get_args(Output):

@@ -132,7 +132,7 @@ _WORDS = "docs/schema.md lists what can be mapped; every field needs one definit
 
 
 def _spelled(given: Any) -> str:
-    return given.__name__ if isinstance(given, type) and get_origin(given) is None else str(given)
+    return given.__name__ if isinstance(given, type) and get_origin(given) is None else repr(given)
 
 
 def _union(given: Any, path: str, above: tuple[Any, ...], notes: list[Any]) -> Shape:
@@ -216,13 +216,14 @@ def _described(shape: Shape, notes: list[Any]) -> Shape:
 # --- classes with fields ------------------------------------------------------------------------------
 
 
+_RESOLVE = "define every name in them at module level."
+
+
 def _hints(cls: type, path: str) -> dict[str, Any]:
     try:
         return typing.get_type_hints(cls, include_extras=True)
     except NameError as error:
-        refuse(
-            path, f"has an annotation that cannot be resolved: {error}.", "define that name at module level."
-        )
+        refuse(path, f"has an annotation that cannot be resolved: {error}.", _RESOLVE)
 
 
 def _dataclass(cls: Any, path: str, above: tuple[Any, ...]) -> Fields:
@@ -262,6 +263,8 @@ def _pydantic(cls: Any, path: str, above: tuple[Any, ...]) -> Fields:
         refuse(path, f"is {cls.__name__}, a model of pydantic 1.", "use pydantic 2, a dataclass or a dict.")
     if not cls.__pydantic_complete__:
         cls.model_rebuild(raise_errors=False)
+    if not cls.__pydantic_complete__:
+        refuse(path, f"is {cls.__name__}, whose annotations cannot be resolved.", _RESOLVE)
     fields = []
     for own, field in cls.model_fields.items():
         name = own if field.validation_alias is None else field.validation_alias

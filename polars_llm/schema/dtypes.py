@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import zoneinfo
 from collections.abc import Mapping
 from typing import Any
 
 import polars as pl
 
-from polars_llm.schema.shapes import Fields, Items, Leaf, Shape, refuse
+from polars_llm.schema.shapes import Fields, Items, Leaf, Rules, Shape, refuse, rules_of
 
 __all__ = ["fields_of", "named", "shape_of"]
 
@@ -56,11 +57,13 @@ def shape_of(dtype: Any, path: str = "") -> Shape:
             return _enum(dtype, path)
         case pl.Decimal():
             dtype = _decimal(dtype)
+        case pl.Datetime():
+            _check_zone(dtype.time_zone, path)
     found = _LEAVES.get(type(dtype))
     if found is None:
         hint = _INSTEAD.get(type(dtype), "use one of the dtypes that docs/schema.md lists.")
         refuse(path, f"has dtype {dtype}, which no answer in JSON can have.", hint)
-    return Leaf(kind=found[0], format=found[1], dtype=dtype)
+    return Leaf(kind=found[0], format=found[1], dtype=dtype, rules=_bounds(dtype))
 
 
 def fields_of(fields: Mapping[str, Any], path: str = "") -> Fields:
@@ -91,6 +94,23 @@ def _instance(dtype: Any, path: str) -> pl.DataType:
     except TypeError:  # a nested dtype without its parts
         refuse(path, f"is {dtype.__name__} without its parts.", "write for example pl.List(pl.String).")
     return made
+
+
+def _bounds(dtype: pl.DataType) -> Rules:
+    """What keeps a provider from writing a number that a narrow dtype cannot hold."""
+    if type(dtype) not in _WHOLE or dtype == pl.Int64:
+        return ()
+    bits, signed = int(str(dtype).lstrip("UInt")), str(dtype).startswith("I")
+    low, high = (-(2 ** (bits - 1)), 2 ** (bits - 1) - 1) if signed else (0, 2**bits - 1)
+    return rules_of("integer", {"minimum": low, "maximum": high}, "")
+
+
+def _check_zone(zone: str | None, path: str) -> None:
+    try:
+        if zone is not None:
+            zoneinfo.ZoneInfo(zone)
+    except (ValueError, OSError, zoneinfo.ZoneInfoNotFoundError):
+        refuse(path, f"has the time zone {zone!r}, which is not known.", "for example 'UTC'.")
 
 
 def _decimal(dtype: pl.Decimal) -> pl.Decimal:

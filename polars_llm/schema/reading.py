@@ -1,6 +1,6 @@
 """Text -> typed values: one pass of msgspec over the rows, then whole columns.
 
-What does not fit at first gets a second look, which forgives two things: letter case of an enum's label
+What does not fit at first gets a second look, which forgives two things: letter case of labels and names
 (Claude may answer "Positive" for "positive"), and whole numbers written as ``3.0``.
 """
 
@@ -14,6 +14,7 @@ import types
 import uuid
 from collections.abc import Callable
 from decimal import Decimal
+from fractions import Fraction
 from typing import Annotated, Any, Literal
 
 import msgspec
@@ -130,21 +131,22 @@ def _bounded(plain: Any, rules: dict[str, Any]) -> Any:
     return Annotated[plain, msgspec.Meta(**{_META[n]: v for n, v in rules.items()})] if rules else plain
 
 
+_INT64 = (-(2**63), 2**63 - 1)
+
+
 def _whole_bounds(leaf: Leaf) -> dict[str, Any]:
-    """Bounds of an integer as the tightest ``ge`` and ``le``, its dtype's own included."""
+    """Bounds of an integer as the tightest ``ge`` and ``le``: msgspec takes no more than one of each side."""
     rules = dict(leaf.rules)
-    low, high = leaf.dtype.min(), leaf.dtype.max()  # type: ignore[attr-defined]
-    floor, ceiling = pl.select(low.cast(pl.Int64), high.alias("high").cast(pl.Int64)).row(0)
-    least = [
-        floor,
-        math.ceil(rules.get("minimum", floor)),
-        math.floor(rules.get("exclusiveMinimum", floor - 1)) + 1,
-    ]
-    most = [
-        ceiling,
-        math.floor(rules.get("maximum", ceiling)),
-        math.ceil(rules.get("exclusiveMaximum", ceiling + 1)) - 1,
-    ]
+    least, most = [_INT64[0]], [_INT64[1]]
+    for name, value in rules.items():
+        if name == "minimum":
+            least.append(math.ceil(value))
+        elif name == "exclusiveMinimum":
+            least.append(math.floor(value) + 1)
+        elif name == "maximum":
+            most.append(math.floor(value))
+        elif name == "exclusiveMaximum":
+            most.append(math.ceil(value) - 1)
     step = {"multiple_of": rules["multipleOf"]} if "multipleOf" in rules else {}
     return {"ge": max(least), "le": min(most), **step}
 
@@ -199,6 +201,8 @@ def _leaf_check(leaf: Leaf) -> Check | None:
         return functools.partial(_number_misfit, rules) if rules else None
     if isinstance(leaf.dtype, pl.Datetime):
         return functools.partial(_instant_misfit, leaf.dtype)
+    if isinstance(leaf.dtype, pl.Duration):
+        return functools.partial(_span_misfit, leaf.dtype)
     if leaf.format in _PARSERS:
         return functools.partial(_format_misfit, leaf.format)
     return None
@@ -229,7 +233,7 @@ def _number_misfit(rules: dict[str, Any], value: Any) -> str | None:
     for name, given in rules.items():
         bound = Decimal(str(given)) if exact else given
         if name == "multipleOf":
-            count = value / bound
+            count = Fraction(value) / Fraction(bound) if exact else value / bound
             wrong = abs(count - round(count)) > (0 if exact else 1e-9 * max(1.0, abs(count)))
         else:
             wrong = {
@@ -247,13 +251,24 @@ def _decimal_misfit(dtype: pl.Decimal, rules: dict[str, Any], value: Decimal) ->
     if not value.is_finite():
         return f"{value} is not a number"
     if value:
-        _, digits, exponent = value.normalize().as_tuple()
+        # Its own digits: arithmetic would round to the 28 that Python's context has.
+        _, digits, exponent = value.as_tuple()
         assert isinstance(exponent, int)
-        if -exponent > dtype.scale:
+        trailing = next(i for i, digit in enumerate(reversed(digits)) if digit)
+        if -(exponent + trailing) > dtype.scale:
             return f"{value} has more than {dtype.scale} decimal places"
-        if len(digits) + exponent > (dtype.precision or 38) - dtype.scale:
+        if len(digits) + exponent > dtype.precision - dtype.scale:
             return f"{value} has more than {dtype.precision} digits"
     return _number_misfit(rules, value)
+
+
+_A_SECOND = {"ms": 10**3, "us": 10**6, "ns": 10**9}
+
+
+def _span_misfit(dtype: pl.Duration, value: dt.timedelta) -> str | None:
+    if abs(value.total_seconds()) >= 2**63 / _A_SECOND[dtype.time_unit] * (1 - 1e-9):
+        return f"{value} is out of range"
+    return None
 
 
 def _instant_misfit(dtype: pl.Datetime, value: dt.datetime) -> str | None:
@@ -277,18 +292,27 @@ def _instant(dtype: pl.Datetime, value: dt.datetime) -> dt.datetime:
 
 
 def _forgiven(shape: Shape, value: Any) -> Any:
-    """The value with labels in their own case, and whole numbers as integers; else as it is."""
+    """The value with labels and names in their own case, and whole numbers as integers; else as it is."""
     match shape, value:
         case Fields(), dict():
             own = dict(shape.fields)
-            return {n: _forgiven(own[n], v) if n in own else v for n, v in value.items()}
+            named = {_meant(tuple(own), n): v for n, v in value.items()}
+            return {n: _forgiven(own[n], v) for n, v in named.items() if n in own}
         case Items(), list():
             return [_forgiven(shape.inner, v) for v in value]
         case Leaf(choices=tuple()), str():
-            return _folded(shape.choices).get(value.casefold(), value)
-        case Leaf(kind="integer"), Decimal() if value == value.to_integral_value() and abs(value) < 2**63:
+            return _meant(shape.choices or (), value)
+        case Leaf(kind="integer"), Decimal() if _is_whole(value):
             return int(value)
     return value
+
+
+def _is_whole(value: Decimal) -> bool:
+    return _INT64[0] <= value <= _INT64[1] and value == value.to_integral_value()
+
+
+def _meant(choices: tuple[Any, ...], text: str) -> str:
+    return text if text in choices else _folded(choices).get(text.casefold(), text)
 
 
 @functools.lru_cache(maxsize=256)

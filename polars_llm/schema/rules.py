@@ -130,7 +130,7 @@ def _nodes(node: dict[str, Any], path: str, depth: int) -> Iterator[tuple[str, i
     for name, inner in node.get("properties", {}).items():
         yield from _nodes(inner, f"{path}.{name}" if path else name, depth + 1)
     if "items" in node:
-        yield from _nodes(node["items"], f"{path}[]", depth + 1)
+        yield from _nodes(node["items"], f"{path}[]", depth)
 
 
 def _check(nodes: list[tuple[str, int, dict[str, Any]]], rules: Rules) -> None:

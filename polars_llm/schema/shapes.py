@@ -16,7 +16,7 @@ import polars as pl
 
 from polars_llm.errors import InvalidRequest
 
-__all__ = ["Fields", "Items", "Leaf", "Shape", "dtype_of", "json_form", "refuse", "rules_of"]
+__all__ = ["Fields", "Items", "Leaf", "Rules", "Shape", "dtype_of", "json_form", "refuse", "rules_of"]
 
 Rules: TypeAlias = tuple[tuple[str, Any], ...]
 """Constraints by their names in JSON Schema, in the order of `_KEYWORDS`."""
@@ -90,7 +90,11 @@ def rules_of(kind: str, given: Mapping[str, Any], path: str) -> Rules:
     for name, value in given.items():
         if value is not None and name not in known:
             refuse(path, f"has {name}, which says nothing about JSON type {kind!r}.", f"leave {name} out.")
-    return tuple((name, _bound(name, given[name], path)) for name in known if given.get(name) is not None)
+    rules = tuple((name, _bound(name, given[name], path)) for name in known if given.get(name) is not None)
+    step = dict(rules).get("multipleOf", 1)
+    if kind == "integer" and not isinstance(step, int):
+        refuse(path, f"has multipleOf {step}, and is an integer.", "give a whole number.")
+    return rules
 
 
 def _bound(name: str, value: Any, path: str) -> Any:

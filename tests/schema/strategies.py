@@ -7,7 +7,7 @@ import datetime as dt
 import json
 from collections.abc import Callable
 from decimal import Decimal
-from typing import Any, Literal
+from typing import Any, Literal, TypedDict
 
 import polars as pl
 from hypothesis import strategies as st
@@ -108,7 +108,10 @@ def _struct(fields: dict[str, Kind]) -> Kind:
         )
     )
     dtype = pl.Struct({name: kind.dtype for name, kind in fields.items()})
-    return Kind({name: kind.annotation for name, kind in fields.items()}, values, dtype)
+    annotations = {name: kind.annotation for name, kind in fields.items()}
+    if all(map(_is_type, fields.values())):  # a class can be optional, and in a list
+        return Kind(TypedDict("Drawn", annotations), values, dtype)  # type: ignore[operator]
+    return Kind(annotations, values, dtype)
 
 
 _ENUMS = st.lists(TEXT.filter(bool), min_size=1, max_size=5, unique=True).map(_labels)

@@ -17,12 +17,14 @@ import polars as pl
 import pydantic
 import pytest
 from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from polars_llm.errors import InvalidRequest
 from polars_llm.schema import Schema, freeze
 from polars_llm.schema.rules import ANTHROPIC, OPENAI, worded
 from polars_llm.testing.schema_rules import _anthropic_complaint, _openai_complaint
-from tests.schema.strategies import SCHEMAS, Kind, schemas_with_values
+from polars_llm.testing.structured import conforming
+from tests.schema.strategies import NAMES, SCHEMAS, TEXT, Kind, schemas_with_values
 
 
 class Mood(enum.Enum):
@@ -207,7 +209,7 @@ def test_pydantic_is_not_needed() -> None:
 # --- reading -------------------------------------------------------------------------------------
 
 
-@settings(max_examples=300)
+@settings(max_examples=150)
 @given(schemas_with_values())
 def test_any_value_of_any_schema_survives_json(drawn: tuple[Kind, list[tuple[str, Any]]]) -> None:
     kind, rows = drawn
@@ -248,6 +250,16 @@ MISFITS: list[tuple[Any, str, str]] = [
     (UUID, '"x"', "not of format uuid"),
     (Literal["a", "A"], '"á"', "Invalid enum value"),
     (Annotated[float, pydantic.Field(multiple_of=0.1)], "0.35", "multipleOf"),
+    (Annotated[int, pydantic.Field(gt=1, ge=0, lt=3, multiple_of=2)], "1", ">= 2"),
+    (Annotated[int, pydantic.Field(gt=1.5, multiple_of=2)], "3", "multiple of 2"),
+    (Annotated[Decimal, pydantic.Field(multiple_of=0.1, ge=0)], "0.35", "multipleOf"),
+    (Annotated[Decimal, pydantic.Field(gt=0)], "0", "exclusiveMinimum"),
+    (Decimal, "12345678901234567890123456789.1234567891", "more than 9 decimal places"),
+    (Decimal, "1e999999", "digits"),
+    (dt.timedelta, '"P999999999D"', "out of range"),
+    (pl.Duration("ns"), '"P106752D"', "out of range"),
+    (int, "1e9999999999", "out of range"),
+    (int, "1e-9999999", "int"),
     (Annotated[list[int], pydantic.Field(min_length=1)], "[]", "length >= 1"),
     (tuple[int, int], "[1]", "length"),
 ]
@@ -269,6 +281,50 @@ def test_text_that_is_not_such_an_object(text: str) -> None:
     assert said
 
 
+def test_all_digits_of_a_wide_decimal_are_kept() -> None:
+    value = "12345678901234567890123456789.123456789"
+    assert one({"d": Decimal}, f'{{"d": {value}}}') == ({"d": Decimal(value)}, None)
+    assert one({"d": Decimal}, '{"d": 100.10000000000000}') == ({"d": Decimal("100.1")}, None)
+
+
+JSON = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.floats(allow_nan=False, allow_infinity=False)
+    | st.sampled_from(["P999999999D", "PT1S", "0001-01-01", "9999-12-31T23:59:59-14:00", "24:00:00Z", ""])
+    | TEXT,
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(NAMES, inner, max_size=3),
+    max_leaves=6,
+)
+
+
+@settings(max_examples=150)
+@given(SCHEMAS, st.lists(JSON.map(json.dumps) | TEXT, max_size=4), st.data())
+def test_whatever_a_model_writes_is_a_value_or_a_reason(
+    kind: Kind, texts: list[str], data: st.DataObject
+) -> None:
+    # Objects with the right names reach the fields, whatever they hold.
+    names = list(dict(kind.dtype))
+    texts += [json.dumps({name: data.draw(JSON) for name in names}) for _ in range(3)]
+    values, reasons = freeze(kind.annotation).read(pl.Series(texts))
+    assert values.dtype == kind.dtype
+    assert (values.is_null() == reasons.is_not_null()).all()
+
+
+@given(SCHEMAS, TEXT)
+def test_what_a_provider_is_held_to_fits(kind: Kind, prompt: str) -> None:
+    frozen = freeze(kind.annotation)
+    for rules in (OPENAI, ANTHROPIC):
+        try:
+            wire = json.loads(worded(frozen.json, rules))
+        except InvalidRequest:
+            continue  # more nullable fields than it takes
+        if rules is OPENAI or "minimum" not in frozen.json:
+            _, reasons = frozen.read(pl.Series([conforming(wire, prompt)]))
+            assert reasons.to_list() == [None]
+
+
 def test_a_misfit_deep_down_names_its_path() -> None:
     _, said = one({"a": {"b": list[int]}}, '{"a": {"b": [1, "x"]}}')
     assert said == "Expected `int`, got `str` - at `$.a.b[1]`"
@@ -277,6 +333,10 @@ def test_a_misfit_deep_down_names_its_path() -> None:
 def test_letter_case_of_labels_is_forgiven_and_exact_labels_win() -> None:
     assert one({"m": Mood | None}, '{"m": "GOOD"}') == ({"m": "good"}, None)
     assert one({"m": list[Literal["STRASSE"]]}, '{"m": ["Straße"]}') == ({"m": ["STRASSE"]}, None)
+    assert one({"m": Mood, "N": {"k": int}}, '{"M": "good", "n": {"K": 1}}') == (
+        {"m": "good", "N": {"k": 1}},
+        None,
+    )
     both = {"m": Literal["a", "A"]}
     assert one(both, '{"m": "A"}') == ({"m": "A"}, None)
 
@@ -333,6 +393,15 @@ def nested(depth: int) -> dict[str, Any]:
     return {"a": nested(depth - 1)} if depth else {"a": int}
 
 
+class Unresolved(pydantic.BaseModel):
+    a: NotThere  # type: ignore[name-defined]  # noqa: F821
+
+
+@dataclasses.dataclass
+class UnresolvedClass:
+    a: NotThere  # type: ignore[name-defined]  # noqa: F821
+
+
 REFUSED: list[tuple[Any, str, str]] = [
     (int, "The schema is not an object", ""),
     (list[Receipt], "The schema is not an object", ""),
@@ -342,6 +411,8 @@ REFUSED: list[tuple[Any, str, str]] = [
     (Nothing, "has no fields", ""),
     (Tree, "'children[]'", "inside itself"),
     (Open, "'scores'", "closed"),
+    (Unresolved, "Unresolved", "module level"),
+    (UnresolvedClass, "NotThere", "module level"),
     ({"a": {"b": list[int | str]}}, "'a.b[]'", "one type"),
     ({"a": Any}, "'a'", "no dtype"),
     ({"a": bytes}, "'a'", "bytes"),
@@ -355,6 +426,7 @@ REFUSED: list[tuple[Any, str, str]] = [
     ({"a": pl.Object}, "'a'", "dtype"),
     ({"a": pl.List}, "'a'", "parts"),
     ({"a": pl.Enum([])}, "'a'", "categories"),
+    ({"a": Annotated[int, pydantic.Field(multiple_of=0.5)]}, "'a'", "whole number"),
     ({'a"b': int}, "named", ""),
     ({"": int}, "named", ""),
     ({1: int}, "names in JSON are strings", ""),

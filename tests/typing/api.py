@@ -14,6 +14,14 @@ lazy: pl.LazyFrame = LLMLazyFrame(df.lazy()).generate(pl.col("prompt"), system="
 expr: pl.Expr = LLMExpr(pl.col("prompt")).generate(on_pending="wait", sample=pl.col("n"))
 series: pl.Series = LLMSeries(df["prompt"]).generate(params={"service_tier": "flex"}, stop=["\n"])
 
+typed: pl.DataFrame = LLMDataFrame(df).generate("prompt", schema={"a": pl.Int64}, retries_on_invalid=1)
+labelled: pl.DataFrame = LLMDataFrame(df).classify("prompt", ["spam", "ham"], system="Be strict.")
+lazily: pl.LazyFrame = LLMLazyFrame(df.lazy()).classify(
+    "prompt", {"spam": "unwanted", "ham": None}, name="kind"
+)
+labels: pl.Expr = LLMExpr(pl.col("prompt")).classify(pl.Enum(["spam", "ham"]), output="full")
+column: pl.Series = LLMSeries(df["prompt"]).classify(("spam", "ham"), on_error="raise")
+
 model = pllm.OpenAI("gpt-6-luna", base_url="https://host.example/v1", api_key="k")
 with pllm.Config(model=model, poll_interval=5.0, on_pending="null", on_error="raise"):
     pass
