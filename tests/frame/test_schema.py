@@ -211,6 +211,34 @@ def test_invalid_answers_are_asked_again_alone_until_one_fits(
         assert provider.bill().billed == 4
 
 
+@pytest.mark.parametrize("form", ["source", "expression", "pushdown"])
+def test_driven_queries_ask_again_as_well(df: pl.DataFrame, form: str) -> None:
+    asked = Third(4)
+    options: dict[str, Any] = {"model": MODEL, "schema": REVIEW, "retries_on_invalid": 4}
+    expr = pl.col("prompt").llm.generate(**options, pushdown=form == "pushdown")
+    with testing.provider(model=asked) as provider:
+        lf = df.lazy().llm.generate("prompt", **options) if form == "source" else df.lazy().with_columns(expr)
+        out = lf.llm.collect()["response"]
+        assert out.to_list() == [None if p is None else value(p) for p in PROMPTS]
+        assert asked.asked == {"A good day.": 1, "A bad day.": 4}
+        assert provider.bill().billed == 5
+
+
+def test_what_a_typed_answer_decides_is_asked_after_its_retries(df: pl.DataFrame) -> None:
+    asked = Third(2)
+
+    def answer(request: Any) -> str:
+        return str(asked(request)) if "mood" in json.dumps(request.schema) else f"about {request.prompt}"
+
+    with testing.provider(model=answer) as provider:
+        lf = df.lazy().llm.generate("prompt", model=MODEL, schema={"mood": str}, retries_on_invalid=1)
+        mood = pl.col("response").struct.field("mood")
+        lf = lf.llm.generate(pl.when(mood == "bad").then("prompt"), model=MODEL, name="why")
+        out = lf.llm.collect()
+        assert out["why"].to_list() == [None, None, "about A bad day.", None]
+        assert provider.bill().billed == 4
+
+
 def test_retries_are_bounded_and_what_was_asked_stays(df: pl.DataFrame) -> None:
     asked = Third(99)
     with testing.provider(model=asked) as provider:
