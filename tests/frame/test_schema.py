@@ -239,6 +239,18 @@ def test_what_a_typed_answer_decides_is_asked_after_its_retries(df: pl.DataFrame
         assert provider.bill().billed == 4
 
 
+def test_verbs_of_one_schema_and_other_bounds_share_what_they_ask(df: pl.DataFrame) -> None:
+    asked = Third(2)
+    with testing.provider(model=asked) as provider:
+        lf = df.lazy().llm.generate("prompt", model=MODEL, schema=REVIEW, name="once")
+        lf = lf.llm.generate("prompt", model=MODEL, schema=REVIEW, name="twice", retries_on_invalid=1)
+        with pytest.warns(pllm.LLMWarning, match="1 of 2 requests failed: invalid_output 1"):
+            out = lf.llm.collect()
+        assert out["once"].null_count() == 2
+        assert out["twice"].null_count() == 1
+        assert provider.bill().billed == 3
+
+
 def test_retries_are_bounded_and_what_was_asked_stays(df: pl.DataFrame) -> None:
     asked = Third(99)
     with testing.provider(model=asked) as provider:
