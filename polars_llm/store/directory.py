@@ -338,10 +338,12 @@ class CacheDirectory:
 
 
 def _older(room: Path, before: float) -> Iterator[Path]:
-    for entry in os.scandir(room):
-        with contextlib.suppress(FileNotFoundError):
-            if entry.is_file(follow_symlinks=False) and entry.stat(follow_symlinks=False).st_mtime < before:
-                yield Path(entry.path)
+    with os.scandir(room) as entries:
+        for entry in entries:
+            with contextlib.suppress(FileNotFoundError):
+                status = entry.stat(follow_symlinks=False)
+                if entry.is_file(follow_symlinks=False) and status.st_mtime < before:
+                    yield Path(entry.path)
 
 
 def _write(file: BinaryIO, text: str) -> None:

@@ -86,7 +86,10 @@ def test_a_create_that_never_was_is_sent_again_after_the_quiet_period(
     assert released["reason"].to_list() == ["the provider never had this batch"]
 
 
-def test_an_undecided_job_stays_pending_and_says_why(model: str, provider: testing.Provider) -> None:
+def test_an_undecided_job_stays_pending_and_says_why(
+    model: str, provider: testing.Provider, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("POLARS_LLM_QUIET_PERIOD", "60")
     provider.fault("drop", operation="*batches.create")
     with pytest.raises(pllm.JobsPending, match="unknown"):
         collected(model=model, on_pending="raise")
@@ -100,7 +103,9 @@ def test_a_server_error_without_a_batch_is_not_paid_twice(model: str, provider: 
     check(provider, collected(model=model))
 
 
-def test_a_lost_reply_and_a_list_that_cannot_be_read(model: str, provider: testing.Provider) -> None:
+def test_a_lost_reply_and_a_list_that_cannot_be_read(
+    model: str, provider: testing.Provider, monkeypatch: pytest.MonkeyPatch
+) -> None:
     provider.fault("create-then-500")
     provider.fault(
         "status", operation="*batches.list", after=int(model != MODEL), status=529, retry_after=0, times=5
