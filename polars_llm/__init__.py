@@ -24,12 +24,14 @@ from polars_llm.errors import (
     UnansweredInput,
 )
 from polars_llm.frame.engine import Engine
+from polars_llm.local import VLLM
 from polars_llm.models import Anthropic, OpenAI
 from polars_llm.namespace import register
 from polars_llm.operate import abandon, cancel, jobs, recover, results
 from polars_llm.pricing import Prices
 
 __all__ = [
+    "VLLM",
     "AccountError",
     "Anthropic",
     "BudgetExceeded",

@@ -13,9 +13,10 @@ from polars_llm.backends.base import BatchBackend
 from polars_llm.backends.hosts import normalise_base_url
 from polars_llm.errors import InvalidRequest, ModelNotChosen
 from polars_llm.job import Job
+from polars_llm.local import VLLM
 from polars_llm.pricing import Prices
 
-__all__ = ["Anthropic", "Model", "OpenAI", "for_job", "of_provider", "resolve"]
+__all__ = ["VLLM", "Anthropic", "Model", "OpenAI", "for_job", "of_provider", "resolve"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -223,9 +224,11 @@ class Anthropic(_Hosted):
         return made
 
 
-Model: TypeAlias = OpenAI | Anthropic
+Hosted: TypeAlias = OpenAI | Anthropic
+Model: TypeAlias = Hosted | VLLM
 
-_BY_PREFIX: dict[str, type[OpenAI] | type[Anthropic]] = {"openai": OpenAI, "anthropic": Anthropic}
+_HOSTED: dict[str, type[OpenAI] | type[Anthropic]] = {"openai": OpenAI, "anthropic": Anthropic}
+_BY_PREFIX: dict[str, type[OpenAI] | type[Anthropic] | type[VLLM]] = {**_HOSTED, "vllm": VLLM}
 
 
 def resolve(model: str | Model | None) -> Model:
@@ -261,7 +264,7 @@ def resolve(model: str | Model | None) -> Model:
     return _BY_PREFIX[prefix](name)
 
 
-def of_provider(provider: str | Model) -> Model:
+def of_provider(provider: str | Model) -> Hosted:
     """A model object for calls that concern an account, not a model.
 
     Raises
@@ -269,27 +272,27 @@ def of_provider(provider: str | Model) -> Model:
     InvalidRequest
         At call: not a provider with batches.
     """
-    if not isinstance(provider, str):
-        return resolve(provider)
-    if provider not in _BY_PREFIX:
-        known = ", ".join(repr(p) for p in _BY_PREFIX)
+    if isinstance(provider, (OpenAI, Anthropic)):
+        return provider
+    if isinstance(provider, VLLM) or provider not in _HOSTED:
+        known = ", ".join(repr(p) for p in _HOSTED)
         raise InvalidRequest(
             f"{provider!r} is not a provider with batches", hint=f"write one of {known}. Nothing was sent."
         )
-    return _BY_PREFIX[provider]("any")
+    return _HOSTED[provider]("any")
 
 
 def for_job(job: Job, model: Model | None = None) -> BatchBackend:
     """The backend that can reach a job: the environment's own address if it is the job's."""
     if model is not None:
-        return model.backend()
+        return of_provider(model).backend()
     name = job.model or "any"
     if job.provider == "anthropic":
         return _reaching(job, functools.partial(Anthropic, name, **messages.versions(job.headers or {})))
     return _reaching(job, functools.partial(OpenAI, name))
 
 
-def _reaching(job: Job, make: Callable[..., Model]) -> BatchBackend:
+def _reaching(job: Job, make: Callable[..., Hosted]) -> BatchBackend:
     """The environment's own address (it may hold what a normalised one does not), if it is the job's."""
     model = make()
     backend = model.backend()

@@ -1,0 +1,343 @@
+"""What this library calls of vLLM: building an engine, rendering a request, reading its errors.
+
+Written for vLLM 0.32 (docs/local.md says which versions are tested). Nothing else imports it at run time.
+"""
+
+from __future__ import annotations
+
+import ast
+import contextlib
+import gc
+import multiprocessing
+import os
+import random
+import sys
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from polars_llm.errors import InvalidRequest, ProviderError
+
+if TYPE_CHECKING:
+    import vllm
+
+__all__ = [
+    "OutOfMemory",
+    "closed",
+    "construct",
+    "died",
+    "fits_beside",
+    "is_out_of_memory",
+    "kind_of",
+    "message_of",
+    "no_template",
+    "refusals",
+    "release_memory",
+    "render",
+    "sampling_parameters",
+    "shut_down",
+]
+
+_IN_PROCESS = "VLLM_ENABLE_V1_MULTIPROCESSING"
+_GIB = 1 << 30
+# Of the memory that is free, where nobody said how much a CPU engine may keep for attention states.
+_CPU_SHARE, _CPU_MOST = 0.25, 4 * _GIB
+_DEFAULT_UTILISATION = 0.92  # vLLM's own
+_ALL_OF_A_GPU = 0.95
+
+
+class OutOfMemory(ProviderError):
+    """The model, or its attention states, do not fit."""
+
+
+def construct(model: str, arguments: Mapping[str, Any]) -> vllm.LLM:
+    """Build an engine, in this process where vLLM would otherwise have to start the script again.
+
+    Raises
+    ------
+    ImportError
+        vLLM is not installed.
+    OutOfMemory
+        With the two settings to change.
+    ProviderError
+        What else vLLM says.
+    """
+    _import()
+    import vllm
+
+    chosen = {
+        "disable_log_stats": True,
+        "use_tqdm_on_load": False,  # beside a progress bar of ours
+        # A model that is free to put whitespace between JSON tokens may never stop doing so.
+        "structured_outputs_config": {"backend": "xgrammar", "disable_any_whitespace": True},
+        **_memory(arguments),
+        **{name: value for name, value in arguments.items() if value is not None},
+    }
+    with _multiprocessing(), _random_state():
+        try:
+            return vllm.LLM(model=model, **chosen)
+        except Exception as error:
+            if _is_memory(error):
+                raise _out_of_memory(error) from error
+            raise ProviderError(
+                f"vLLM could not start {model}: {error}",
+                provider="vllm",
+                hint="its own log is above; VLLM_LOGGING_LEVEL=INFO says more. Nothing was asked.",
+            ) from error
+
+
+def _import() -> None:
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+    os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")  # nothing leaves this machine
+    try:
+        import vllm
+    except ImportError as error:
+        raise ImportError(
+            "Models of your own need vLLM.\n\nHint: pip install 'polars-llm-batch[vllm]' on a machine with"
+            " a GPU; without one, in an environment of its own: see docs/local.md."
+        ) from error
+    del vllm
+
+
+def _is_cpu() -> bool:
+    from vllm.platforms import current_platform
+
+    return bool(current_platform.is_cpu())
+
+
+def _memory(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """Room for attention states on a CPU: vLLM's own default there wants nearly all of the memory."""
+    said = {"kv_cache_memory_bytes", "gpu_memory_utilization", "num_gpu_blocks_override"}
+    if not _is_cpu() or said & arguments.keys() or os.environ.get("VLLM_CPU_KVCACHE_SPACE"):
+        return {}
+    import psutil  # comes with vLLM
+
+    return {"kv_cache_memory_bytes": int(min(_CPU_MOST, _CPU_SHARE * psutil.virtual_memory().available))}
+
+
+@contextlib.contextmanager
+def _multiprocessing() -> Iterator[None]:
+    """Where the user has not said it: an engine in this process on a CPU, and where it would have to be
+    started by a script that cannot be imported again.
+
+    Raises
+    ------
+    InvalidRequest
+        It was asked for, and cannot work from here.
+    """
+    said = os.environ.get(_IN_PROCESS)
+    if said is not None:
+        if said != "0" and _spawns() and not _can_be_imported():
+            raise InvalidRequest(
+                f"{_IN_PROCESS}={said} starts the engine in a new process, which runs this script again",
+                hint='put what the script does below `if __name__ == "__main__":`, or leave the variable out.'
+                " Nothing was asked.",
+            )
+        yield
+        return
+    if _is_cpu() or not _can_be_imported():
+        os.environ[_IN_PROCESS] = "0"
+    try:
+        yield
+    finally:
+        os.environ.pop(_IN_PROCESS, None)
+
+
+def _spawns() -> bool:
+    import torch
+
+    method = os.environ.get("VLLM_WORKER_MULTIPROCESSING_METHOD", multiprocessing.get_start_method(True))
+    return _is_cpu() or method == "spawn" or torch.cuda.is_initialized()
+
+
+def _can_be_imported() -> bool:
+    """False if the main script is at work outside of ``if __name__ == "__main__"``."""
+    main = sys.modules.get("__main__")
+    source = getattr(main, "__file__", None)
+    frame = sys._current_frames().get(threading.main_thread().ident or 0)
+    while frame is not None and not (frame.f_globals is vars(main) and frame.f_code.co_name == "<module>"):
+        frame = frame.f_back
+    if frame is None or source is None or not Path(source).is_file():
+        return True  # a notebook, a terminal, a test runner
+    for node in ast.parse(Path(source).read_text()).body:
+        if node.lineno <= frame.f_lineno <= (node.end_lineno or node.lineno):
+            return isinstance(node, ast.If) and "__name__" in ast.dump(node.test)
+    return True
+
+
+@contextlib.contextmanager
+def _random_state() -> Iterator[None]:
+    """vLLM seeds the generators of its process: in ours that would repeat the user's random numbers."""
+    numpy = sys.modules.get("numpy")
+    own, of_numpy = random.getstate(), numpy.random.get_state() if numpy else None
+    try:
+        yield
+    finally:
+        random.setstate(own)
+        if numpy is not None:
+            numpy.random.set_state(of_numpy)
+
+
+def render(llm: vllm.LLM, prompt: str | list[dict[str, Any]], template: Mapping[str, Any]) -> dict[str, Any]:
+    """Token ids of a text as it is, or of messages in the model's chat template."""
+    from vllm.renderers import ChatParams, merge_kwargs
+
+    renderer = llm.llm_engine.renderer
+    if isinstance(prompt, str):
+        (rendered,) = renderer.render_cmpl([{"prompt": prompt}])
+        return rendered  # type: ignore[no-any-return]
+    ours = {"add_generation_prompt": True, "continue_final_message": False, "tools": None, "tokenize": False}
+    params = ChatParams(
+        chat_template=llm.chat_template,
+        chat_template_content_format="auto",
+        chat_template_kwargs=merge_kwargs(dict(template), ours),
+    )
+    # The template writes the special tokens itself.
+    tokens = renderer.default_chat_tok_params.with_kwargs(add_special_tokens=False)
+    _, (rendered,) = renderer.render_chat([prompt], params, tokens)
+    return rendered  # type: ignore[no-any-return]
+
+
+def no_template(llm: vllm.LLM) -> InvalidRequest | None:
+    """The error for a model without a chat template: every row would fail of it."""
+    from vllm.renderers.chat_utils import ChatTemplateResolutionError
+
+    try:
+        render(llm, [{"role": "user", "content": "Hello"}], {})
+    except ChatTemplateResolutionError:
+        return InvalidRequest(
+            "This model has no chat template.",
+            hint="pllm.VLLM(..., raw=True) sends the text as it is; or give one with"
+            " engine={'chat_template': ...}. Nothing was asked.",
+        )
+    return None
+
+
+def sampling_parameters(arguments: Mapping[str, Any]) -> vllm.SamplingParams:
+    """vLLM's own value; raises one of `refusals`."""
+    import vllm
+    from vllm.sampling_params import RequestOutputKind, StructuredOutputsParams
+
+    chosen = dict(arguments)
+    if chosen.get("structured_outputs"):
+        chosen["structured_outputs"] = StructuredOutputsParams(**chosen["structured_outputs"])
+    return vllm.SamplingParams(**chosen, output_kind=RequestOutputKind.FINAL_ONLY)
+
+
+def refusals() -> tuple[type[Exception], ...]:
+    """What vLLM raises where one request is wrong, and the engine is well."""
+    from vllm.exceptions import VLLMClientError
+
+    return (VLLMClientError, ValueError, TypeError)
+
+
+def kind_of(error: Exception) -> str:
+    """What a refusal is counted as."""
+    too_long = getattr(error, "parameter", None) in {"input_text", "input_tokens"}
+    return "prompt_too_long" if too_long else "invalid_request"
+
+
+def message_of(error: Exception) -> str:
+    """The fact alone: what vLLM prints beside it may be the whole prompt."""
+    return str(error.args[0])[:2_000] if error.args else type(error).__name__
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """True for an engine in this process that ran out of memory at work."""
+    import torch
+
+    return isinstance(error, torch.OutOfMemoryError)
+
+
+_MEMORY_WORDS = (
+    "out of memory",
+    "less than desired",
+    "no available memory",
+    "to serve at least one request",
+    "kv cache",
+    "cannot allocate memory",
+    "can't allocate memory",
+)
+
+
+def _is_memory(error: BaseException) -> bool:
+    seen: BaseException | None = error
+    while seen is not None:
+        if isinstance(seen, MemoryError) or any(word in str(seen).lower() for word in _MEMORY_WORDS):
+            return True
+        seen = seen.__cause__ or seen.__context__
+    return False
+
+
+def _out_of_memory(error: BaseException) -> OutOfMemory:
+    where = "kv_cache_memory_bytes" if _is_cpu() else "gpu_memory_utilization"
+    return OutOfMemory(
+        f"There is not enough memory for this model: {error}",
+        provider="vllm",
+        kind="out_of_memory",
+        hint=f"set engine={{'max_model_len': ..., {where!r}: ...}}: a shorter context needs less, and"
+        f" {where} is what the engine may take. Nothing was asked.",
+    )
+
+
+def died(error: BaseException) -> ProviderError:
+    """For everybody who waits for an engine that has failed."""
+    if isinstance(error, ProviderError):
+        return error
+    if _is_memory(error):
+        hint = (
+            "set engine={'max_num_seqs': ..., 'gpu_memory_utilization': ...} lower, then run the same line"
+            " again: what was answered is kept."
+        )
+        return OutOfMemory(
+            f"The engine ran out of memory: {error}", provider="vllm", kind="out_of_memory", hint=hint
+        )
+    made = ProviderError(
+        f"The engine stopped: {type(error).__name__}: {error}",
+        provider="vllm",
+        hint="run the same line again: what was answered is kept, and a new engine is made.",
+    )
+    made.__cause__ = error
+    return made
+
+
+def closed() -> ProviderError:
+    """For everybody who waits for an engine that somebody closed."""
+    return ProviderError(
+        "The engine was closed while it worked.",
+        provider="vllm",
+        hint="run the same line again: what was answered is kept.",
+    )
+
+
+def fits_beside(arguments: Mapping[str, Any], others: Sequence[Mapping[str, Any]]) -> bool:
+    """Whether another engine may stay: asked before anything is allocated."""
+    if not others or _is_cpu():
+        return True
+    shares = (a.get("gpu_memory_utilization") or _DEFAULT_UTILISATION for a in (arguments, *others))
+    return float(sum(shares)) <= _ALL_OF_A_GPU
+
+
+def shut_down(llm: vllm.LLM, *, last: bool) -> None:
+    """End an engine. The shutdown of one in this process also takes down the distributed state, which all
+    engines of a process share: unless it is the `last`, its parts are closed one by one.
+    """
+    client = llm.llm_engine.engine_core
+    core = getattr(client, "engine_core", None)
+    if last or core is None:
+        client.shutdown()
+        return
+    client._finalizer.detach()  # it would call the same shutdown
+    core.structured_output_manager.clear_backend()
+    core.model_executor.shutdown()
+    core.scheduler.shutdown()
+    gc.unfreeze()  # as vLLM does: what it froze at its start could never be freed
+
+
+def release_memory() -> None:
+    """Give back what a closed engine has left in torch's cache."""
+    import torch
+
+    if torch.cuda.is_initialized():
+        torch.cuda.empty_cache()

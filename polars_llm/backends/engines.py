@@ -1,0 +1,361 @@
+"""The vLLM engines of this process, each with the one thread that ever touches it.
+
+vLLM is not thread-safe: two threads on one engine hang or crash. So an engine is built, fed, stepped and
+closed by a thread of its own; whoever wants answers puts a `Run` into its inbox and reads the run's outbox.
+While one block of answers is being written to disk the engine works on. Several runs share it.
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import dataclasses
+import gc
+import itertools
+import logging
+import os
+import queue
+import threading
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+from polars_llm.backends import binding
+
+if TYPE_CHECKING:
+    import vllm
+    from vllm.outputs import RequestOutput
+
+_logger = logging.getLogger("polars_llm")
+
+__all__ = ["Ask", "Engine", "Finished", "Refused", "Run", "close", "close_all", "engine_for"]
+
+# Requests that wait in the engine beside those that it works on: enough for several seconds.
+_WAITING = 256
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Ask:
+    """One request for an engine.
+
+    Parameters
+    ----------
+    key
+        Given back with the answer.
+    prompt
+        Text, sent as it is; or messages, for the model's chat template.
+    sampling
+        Keyword arguments of vllm.SamplingParams.
+    template
+        Arguments of the chat template.
+    """
+
+    key: bytes
+    prompt: str | list[dict[str, Any]]
+    sampling: Mapping[str, Any]
+    template: Mapping[str, Any]
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Finished:
+    """An answer, as the engine gave it."""
+
+    key: bytes
+    output: RequestOutput
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Refused:
+    """A request that the engine would not take; the others go on."""
+
+    key: bytes
+    kind: str
+    message: str
+
+
+Event: TypeAlias = "Finished | Refused | BaseException | None"
+
+
+class Run:
+    """One evaluation's requests in an engine."""
+
+    def __init__(self, packs: Iterator[Sequence[Ask]]) -> None:
+        self.packs = packs
+        self.outbox: queue.SimpleQueue[Event] = queue.SimpleQueue()
+        self.closed = threading.Event()
+        self.in_flight: dict[str, Ask] = {}
+        self.fed = False
+        self.over = False
+
+    def next_pack(self) -> Sequence[Ask] | None:
+        """None after the last; what goes wrong in making it is this run's affair alone."""
+        try:
+            return next(self.packs, None)
+        except Exception as error:  # noqa: BLE001  # carried to the thread whose run it is
+            self.outbox.put(error)
+            self.closed.set()
+            return None
+
+    def events(self, seconds: float) -> Iterator[Finished | Refused]:
+        """What comes within `seconds`, perhaps nothing; raises what stopped the engine.
+
+        `over` says whether that was all.
+        """
+        until = time.monotonic() + seconds
+        while (left := until - time.monotonic()) > 0:
+            try:
+                event = self.outbox.get(timeout=left)
+            except queue.Empty:
+                return
+            if event is None:
+                self.over = True
+                return
+            if isinstance(event, BaseException):
+                raise event
+            yield event
+
+
+class Engine:
+    """One engine; made and used on its own thread. Raises what its construction raised."""
+
+    def __init__(self, model: str, arguments: Mapping[str, Any]) -> None:
+        self._model = model
+        self.arguments = dict(arguments)
+        self._inbox: queue.SimpleQueue[Run | None] = queue.SimpleQueue()
+        self._ready: queue.SimpleQueue[BaseException | None] = queue.SimpleQueue()
+        self._runs: list[Run] = []
+        self._ids = itertools.count()
+        self._last: tuple[Mapping[str, Any], vllm.SamplingParams] | None = None
+        self._thread = threading.Thread(target=self._main, name="polars_llm vllm", daemon=True)
+        self._thread.start()
+        error = self._ready.get()
+        if error is not None:
+            self._thread.join()
+            raise error
+
+    @property
+    def alive(self) -> bool:
+        """False once it is closed or has died."""
+        return self._thread.is_alive()
+
+    @property
+    def idle(self) -> bool:
+        """True while nobody waits for answers."""
+        return not self._runs and self._inbox.empty()
+
+    @contextlib.contextmanager
+    def run(self, packs: Iterator[Sequence[Ask]]) -> Iterator[Run]:
+        """Answer these; leaving early takes what is in flight back."""
+        run = Run(packs)
+        self._inbox.put(run)
+        try:
+            yield run
+        finally:
+            run.closed.set()
+
+    def close(self) -> None:
+        """Stop and free the memory; runs that still go on are told so."""
+        self._inbox.put(None)
+        self._thread.join()
+
+    # What follows runs on the engine's own thread.
+
+    def _main(self) -> None:
+        try:
+            self._build()
+        except BaseException as error:  # noqa: BLE001  # carried to the thread that asked for the engine
+            self._ready.put(error)
+            return
+        self._ready.put(None)
+        stopped: BaseException = binding.closed()
+        try:
+            while self._turn():
+                pass
+        except BaseException as error:  # noqa: BLE001  # carried to everybody who waits for answers
+            stopped = binding.died(error)
+        for run in self._runs:
+            run.outbox.put(stopped)
+        self._runs.clear()
+        self._tear_down()
+
+    def _build(self) -> None:
+        global _built
+        with _building:
+            self._llm: vllm.LLM = binding.construct(self._model, self.arguments)
+            _built += 1
+        config = self._llm.llm_engine.vllm_config
+        self._room = int(config.scheduler_config.max_num_seqs) + _WAITING
+        self._longest = int(config.model_config.max_model_len)
+        self._defaults = dict(config.model_config.get_diff_sampling_param())
+        self.no_template = binding.no_template(self._llm)
+
+    def _tear_down(self) -> None:
+        global _built
+        with _building:
+            _built -= 1
+            binding.shut_down(self.__dict__.pop("_llm"), last=_built == 0)
+            gc.collect()
+        binding.release_memory()
+
+    def _turn(self) -> bool:
+        """Hear, feed, step, deliver. False: stop."""
+        if not self._hear():
+            return False
+        for run in [r for r in self._runs if r.closed.is_set()]:
+            self._llm.llm_engine.abort_request(list(run.in_flight))
+            self._runs.remove(run)
+        self._feed()
+        if any(run.in_flight for run in self._runs):
+            self._step()
+        for run in [r for r in self._runs if r.fed and not r.in_flight]:
+            run.outbox.put(None)
+            self._runs.remove(run)
+        return True
+
+    def _hear(self) -> bool:
+        """Take what is in the inbox; with nothing to do, wait for it."""
+        while not self._runs or not self._inbox.empty():
+            new = self._inbox.get()
+            if new is None:
+                return False
+            self._runs.append(new)
+        return True
+
+    def _feed(self) -> None:
+        """Hand packs in while there is room; the runs take turns."""
+        for run in self._runs:
+            if not run.fed and sum(len(r.in_flight) for r in self._runs) < self._room:
+                pack = run.next_pack()
+                run.fed = pack is None
+                for ask in pack or ():
+                    self._add(run, ask)
+
+    def _add(self, run: Run, ask: Ask) -> None:
+        name = f"pllm-{next(self._ids)}"
+        try:
+            inputs = binding.render(self._llm, ask.prompt, ask.template)
+            length = len(inputs.get("prompt_token_ids") or ())
+            if length >= self._longest:
+                run.outbox.put(Refused(ask.key, "prompt_too_long", self._too_long(length)))
+                return
+            self._llm.llm_engine.add_request(name, inputs, self._parameters(ask.sampling))
+        except binding.refusals() as error:
+            kind = "empty_prompt" if not ask.prompt else binding.kind_of(error)
+            run.outbox.put(Refused(ask.key, kind, binding.message_of(error)))
+            return
+        run.in_flight[name] = ask
+
+    def _parameters(self, sampling: Mapping[str, Any]) -> vllm.SamplingParams:
+        """Made once for all rows that share them; vLLM copies what it is given."""
+        if self._last is None or self._last[0] is not sampling:
+            self._last = sampling, binding.sampling_parameters({**self._defaults, **sampling})
+        return self._last[1]
+
+    def _too_long(self, length: int) -> str:
+        return (
+            f"the prompt has {length:,} tokens, and the model reads {self._longest:,}, its answer included;"
+            " a larger engine={'max_model_len': ...} may be possible"
+        )
+
+    def _step(self) -> None:
+        try:
+            outputs = self._llm.llm_engine.step()
+        except Exception as error:
+            if not binding.is_out_of_memory(error):
+                raise
+            self._halve(error)
+            return
+        for output in outputs:
+            if not output.finished:
+                continue
+            for run in self._runs:
+                ask = run.in_flight.pop(output.request_id, None)
+                if ask is not None:
+                    run.outbox.put(Finished(ask.key, output))
+
+    def _halve(self, error: Exception) -> None:
+        """Go on with half as many requests at once; what was in flight is asked again."""
+        seats = (self._room - _WAITING) // 2
+        if seats < 1:
+            raise error
+        _logger.warning("out of memory: the engine is made again with max_num_seqs=%d", seats)
+        asked = [(run, list(run.in_flight.values())) for run in self._runs]
+        error.__traceback__ = None  # its frames hold the old engine's memory
+        self._tear_down()
+        self.arguments["max_num_seqs"] = seats
+        self._build()
+        for run, asks in asked:
+            run.in_flight.clear()
+            for ask in asks:
+                self._add(run, ask)
+
+
+# Engines of one process share torch's distributed state: one is built or closed at a time.
+_building = threading.Lock()
+_built = 0
+
+_engines: dict[str, Engine] = {}
+_lock = threading.Lock()
+
+
+def engine_for(model: str, arguments: Mapping[str, Any], *, chat: bool) -> Engine:
+    """The engine of this configuration; made if this process has none yet.
+
+    Others that nobody uses are closed if there is no room for it beside them. With `chat`, a model
+    without a chat template raises InvalidRequest.
+    """
+    name = _name(model, arguments)
+    with _lock:
+        engine = _engines.get(name)
+        if engine is None or not engine.alive:
+            others = [other.arguments for other in _engines.values() if other.alive]
+            if others and not binding.fits_beside(arguments, others):
+                _close_idle()
+            try:
+                engine = Engine(model, arguments)
+            except binding.OutOfMemory:
+                if not _close_idle():
+                    raise
+                engine = Engine(model, arguments)
+            _engines[name] = engine
+    if chat and engine.no_template is not None:
+        raise engine.no_template
+    return engine
+
+
+def _close_idle() -> bool:
+    idle = [name for name, engine in _engines.items() if engine.idle]
+    for name in idle:
+        _engines.pop(name).close()
+    return bool(idle)
+
+
+def close(model: str, arguments: Mapping[str, Any]) -> None:
+    """Close the engine of this configuration, if there is one."""
+    with _lock:
+        engine = _engines.pop(_name(model, arguments), None)
+    if engine is not None:
+        engine.close()
+
+
+def _name(model: str, arguments: Mapping[str, Any]) -> str:
+    return f"{model} {sorted(arguments.items())!r}"
+
+
+def close_all() -> None:
+    """Close every engine of this process; also done at exit."""
+    with _lock:
+        for engine in _engines.values():
+            engine.close()
+        _engines.clear()
+
+
+def _forget() -> None:
+    # A forked child has its parent's memory, and none of its threads.
+    global _lock, _building, _built
+    _lock, _building, _built = threading.Lock(), threading.Lock(), 0
+    _engines.clear()
+
+
+atexit.register(close_all)
+os.register_at_fork(after_in_child=_forget)

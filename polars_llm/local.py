@@ -1,0 +1,178 @@
+"""The option object of models that run here: `pllm.VLLM`."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, get_args
+
+from polars_llm.backends import sampling
+from polars_llm.backends.order import Order
+from polars_llm.backends.weights import directory_digest, model_path
+from polars_llm.errors import InvalidRequest
+
+if TYPE_CHECKING:
+    from polars_llm.backends.vllm import VLLMLocal
+
+__all__ = ["VLLM"]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, init=False)
+class VLLM:
+    """A model that vLLM runs in this process: no provider, no server, no key.
+
+    The engine is made when the first answer is missing, once for each configuration and process, and
+    stays for the next evaluation. It is closed by `close`, at exit, or when another model needs its
+    memory. Answers are durable about once a second: a killed run loses what was in flight.
+
+    Where a verb sets no ``max_tokens`` it is 4,096 tokens; what else is not set is as the model's own
+    generation config says. With ``seed``, sample n is drawn with seed + n.
+
+    Parameters
+    ----------
+    name
+        A name of the hub, or the path of a directory. A path enters the key as a digest of what is
+        there (config and tokenizer in full, weights by header, size and samples), so that a model may
+        be moved; a name enters as it is, with `revision`.
+    engine
+        Settings for vLLM's engine, by its own names, for example ``{"max_model_len": 8192,
+        "gpu_memory_utilization": 0.8}``. Those that can change an answer are part of the key
+        (``max_model_len``, ``tokenizer``, ``hf_overrides``, ...); speed and memory are not.
+    revision
+        Of the hub's model: declare it, and a changed model is another key.
+    dtype
+        As vLLM calls it. ``"auto"`` stays ``"auto"`` in the key. On a CPU without bfloat16 say
+        ``"float32"``: it is several times as fast.
+    quantization
+        As vLLM calls it.
+    raw
+        Send the text as it is, without the model's chat template.
+    order
+        ``"auto"``, ``"prefix"`` (rows that begin alike together), ``"length"`` (longest first) or
+        ``"input"``. Changes no answer; docs/local.md has figures.
+    price_per_hour
+        What the machine costs, in USD: ``cost_usd`` is then each answer's share of the time, by tokens
+        computed. Default: null costs.
+
+    Raises
+    ------
+    InvalidRequest
+        At call: an empty name, a path that is not there, an unknown `order`, a setting of the engine
+        that cannot be part of a key, a price below 0.
+
+    Examples
+    --------
+    >>> import polars_llm as pllm
+    >>> pllm.VLLM("Qwen/Qwen3-8B", engine={"max_model_len": 8192})
+    VLLM('Qwen/Qwen3-8B', engine={'max_model_len': 8192})
+    """
+
+    name: str
+    engine: Mapping[str, Any]
+    revision: str | None
+    dtype: str
+    quantization: str | None
+    raw: bool
+    order: Order
+    price_per_hour: float | None
+
+    def __init__(
+        self,
+        name: str,
+        *,
+        engine: Mapping[str, Any] | None = None,
+        revision: str | None = None,
+        dtype: str = "auto",
+        quantization: str | None = None,
+        raw: bool = False,
+        order: Order = "auto",
+        price_per_hour: float | None = None,
+    ) -> None:
+        if not isinstance(name, str) or not name.strip():
+            raise InvalidRequest(
+                "The model has no name.",
+                hint="for example pllm.VLLM('Qwen/Qwen3-8B'), or the path of a directory. Nothing was sent.",
+            )
+        if order not in get_args(Order):
+            raise InvalidRequest(
+                f"order is {order!r}",
+                hint=f"it takes {', '.join(map(repr, get_args(Order)))}. Nothing was sent.",
+            )
+        if price_per_hour is not None and not 0 <= price_per_hour < float("inf"):
+            raise InvalidRequest(
+                f"price_per_hour is {price_per_hour!r}, not USD of 0 or more",
+                hint="for example price_per_hour=2.5. Nothing was sent.",
+            )
+        facts = {
+            "name": name,
+            "engine": dict(engine or {}),
+            "revision": revision,
+            "dtype": str(dtype),
+            "quantization": quantization,
+            "raw": raw,
+            "order": order,
+            "price_per_hour": price_per_hour,
+        }
+        for field, value in facts.items():
+            object.__setattr__(self, field, value)
+        self._declared()
+
+    def __repr__(self) -> str:
+        shown = {
+            "engine": {k: v for k, v in self.engine.items() if k != "hf_token"} or None,
+            "revision": self.revision,
+            "dtype": self.dtype if self.dtype != "auto" else None,
+            "quantization": self.quantization,
+            "raw": self.raw or None,
+        }
+        said = "".join(f", {field}={value!r}" for field, value in shown.items() if value)
+        return f"VLLM({self.name!r}{said})"
+
+    def __hash__(self) -> int:
+        return hash((self.name, self.revision, self.dtype, self.quantization, self.raw))
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A pickled plan travels and is stored; the other side reads the hub's token from its environment.
+        engine = {k: v for k, v in self.engine.items() if k != "hf_token"}
+        return {**self.__dict__, "engine": engine}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+
+    def _declared(self) -> dict[str, Any]:
+        facts = {"dtype": self.dtype, "revision": self.revision, "quantization": self.quantization}
+        return sampling.declared(self.engine, **facts)
+
+    def _key_name(self) -> tuple[str, Path | None]:
+        """What stands for the model in keys, and where it lies if it is on disk."""
+        path = model_path(self.name)
+        return (self.name, None) if path is None else (f"path-{directory_digest(path)}", path)
+
+    def backend(self) -> VLLMLocal:
+        """The backend; the engine is made when it is first needed."""
+        from polars_llm.backends.vllm import VLLMLocal
+
+        key_name, path = self._key_name()
+        return VLLMLocal(
+            str(path or self.name),
+            key_name=key_name,
+            settings=self._declared(),
+            arguments={
+                **self.engine,
+                "dtype": self.dtype,
+                "revision": self.revision,
+                "quantization": self.quantization,
+            },
+            raw=self.raw,
+            order=self.order,
+            price_per_hour=self.price_per_hour,
+        )
+
+    def live(self, max_concurrency: int | None = None) -> VLLMLocal:
+        """The same: an engine answers while the process waits, as many at once as it has room for."""
+        return self.backend()
+
+    def close(self) -> None:
+        """Close the engine of this configuration, if this process has one, and free its memory."""
+        self.backend().close_engine()
