@@ -54,4 +54,5 @@ def test_the_kinds_of_faults_in_the_docs_are_all() -> None:
 def test_the_commands_are_there() -> None:
     commands = re.findall(r"```sh\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
     assert "examples/quickstart.py" in commands[0]
-    assert "pytest" in commands[1]
+    assert "examples/local_model.py" in commands[1]
+    assert "pytest" in commands[2]

@@ -16,9 +16,11 @@ import polars_llm as pllm
 
 ROOT = Path(__file__).parents[2]
 
-# Before torch is imported. One thread: two that spin beside other processes take ten times as long.
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
-os.environ.setdefault("OMP_NUM_THREADS", "1")
+INSTALLED = importlib.util.find_spec("vllm") is not None
+if INSTALLED:
+    # Before torch is imported. One thread: two that spin beside other processes take ten times as long.
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 ENGINE = {
     "enforce_eager": True,
@@ -31,14 +33,13 @@ ENGINE = {
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     here = Path(__file__).parent
-    missing = importlib.util.find_spec("vllm") is None
     for item in items:
         if here in item.path.parents:
             item.add_marker(pytest.mark.vllm)
             # What others warn of while they are imported is not ours to mend; what we warn of is.
             item.add_marker(pytest.mark.filterwarnings("ignore", "error::polars_llm.LLMWarning"))
             item.add_marker(pytest.mark.timeout(300))
-            if missing:
+            if not INSTALLED:
                 item.add_marker(pytest.mark.skip(reason="vLLM is not installed"))
 
 

@@ -1,0 +1,107 @@
+"""Real processes: killed in the middle, scripts without a guard, the engine in a process of its own."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+
+import polars as pl
+import pytest
+
+import polars_llm as pllm
+from tests.vllm.conftest import ENGINE, ROOT, tiny
+
+ROWS = 400
+ASK = f"""
+import polars as pl
+import polars_llm as pllm
+
+ENGINE = {ENGINE!r}
+
+def ask(path, rows={ROWS}):
+    model = pllm.VLLM(path, dtype="float32", engine=ENGINE)
+    frame = pl.DataFrame({{"q": [f"Question {{i}}" for i in range(rows)]}})
+    out = frame.llm.generate("q", model=model, max_tokens=100, temperature=0, params={{"ignore_eos": True}})
+    print("answered", out["response"].drop_nulls().len(), flush=True)
+"""
+
+
+def start(script: Path, *arguments: str, **env: str) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, str(script), *arguments],
+        env={**os.environ, "PYTHONPATH": str(ROOT), **env},
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        start_new_session=True,
+    )
+
+
+def finish(process: subprocess.Popen[str]) -> str:
+    try:
+        said, _ = process.communicate(timeout=200)
+    finally:
+        # Its own session: engines in processes of their own go with it.
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+    return said
+
+
+def script(path: Path, last: str) -> Path:
+    path.write_text(textwrap.dedent(ASK) + "\nimport sys\n" + last + "\n")
+    return path
+
+
+def test_killed_in_the_middle_the_rest_alone_is_asked(model_dir: str, tmp_path: Path) -> None:
+    process = start(script(tmp_path / "ask.py", "ask(sys.argv[1])"), model_dir)
+    until = time.monotonic() + 150
+    kept = 0
+    while not kept and process.poll() is None and time.monotonic() < until:
+        time.sleep(0.05)
+        kept = pllm.results().collect().height
+    os.killpg(process.pid, signal.SIGKILL)
+    process.communicate()
+    kept = pllm.results().collect().height
+    assert 0 < kept < ROWS
+    frame = pl.DataFrame({"q": [f"Question {i}" for i in range(ROWS)]})
+    out = frame.llm.generate(
+        "q", model=tiny(model_dir), max_tokens=100, temperature=0, params={"ignore_eos": True}
+    )
+    assert out["response"].null_count() == 0
+    jobs = pllm.jobs().select("state", "requests").rows()
+    assert jobs == [("released", ROWS), ("ingested", ROWS - kept)]
+    assert pllm.results().collect()["key"].n_unique() == pllm.results().collect().height == ROWS
+
+
+def test_a_script_needs_no_guard(model_dir: str, tmp_path: Path) -> None:
+    process = start(script(tmp_path / "ask.py", "ask(sys.argv[1], 5)"), model_dir)
+    said = finish(process)
+    assert "answered 5" in said, said
+    assert process.returncode == 0
+
+
+def test_where_a_guard_is_needed_the_error_says_so(model_dir: str, tmp_path: Path) -> None:
+    process = start(
+        script(tmp_path / "ask.py", "ask(sys.argv[1], 5)"), model_dir, VLLM_ENABLE_V1_MULTIPROCESSING="1"
+    )
+    said = finish(process)
+    assert 'if __name__ == "__main__":' in said, said
+    assert "InvalidRequest" in said
+    assert process.returncode == 1
+
+
+@pytest.mark.slow
+def test_an_engine_in_a_process_of_its_own(model_dir: str, tmp_path: Path) -> None:
+    process = start(
+        script(tmp_path / "ask.py", 'if __name__ == "__main__":\n    ask(sys.argv[1], 5)'),
+        model_dir,
+        VLLM_ENABLE_V1_MULTIPROCESSING="1",
+    )
+    said = finish(process)
+    assert "answered 5" in said, said
+    assert process.returncode == 0
