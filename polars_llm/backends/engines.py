@@ -16,7 +16,6 @@ import logging
 import os
 import queue
 import threading
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -83,6 +82,7 @@ class Run:
         self.packs = packs
         self.outbox: queue.SimpleQueue[Event] = queue.SimpleQueue()
         self.closed = threading.Event()
+        self.stopped = threading.Event()
         self.in_flight: dict[str, Ask] = {}
         self.fed = False
         self.over = False
@@ -92,19 +92,20 @@ class Run:
         try:
             return next(self.packs, None)
         except Exception as error:  # noqa: BLE001  # carried to the thread whose run it is
-            self.outbox.put(error)
+            self.stop(error)
             self.closed.set()
             return None
 
     def events(self, seconds: float) -> Iterator[Finished | Refused]:
-        """What comes within `seconds`, perhaps nothing; raises what stopped the engine.
+        """What has come after `seconds`, or earlier if that was all; raises what stopped the engine.
 
         `over` says whether that was all.
         """
-        until = time.monotonic() + seconds
-        while (left := until - time.monotonic()) > 0:
+        # Not woken by every answer: two threads of Python that take turns hold each other up.
+        self.stopped.wait(seconds)
+        while True:
             try:
-                event = self.outbox.get(timeout=left)
+                event = self.outbox.get_nowait()
             except queue.Empty:
                 return
             if event is None:
@@ -113,6 +114,11 @@ class Run:
             if isinstance(event, BaseException):
                 raise event
             yield event
+
+    def stop(self, event: BaseException | None) -> None:
+        """Nothing comes after this: all is answered, or what stopped it."""
+        self.outbox.put(event)
+        self.stopped.set()
 
 
 class Engine:
@@ -127,8 +133,14 @@ class Engine:
         self._ids = itertools.count()
         self._last: tuple[Mapping[str, Any], vllm.SamplingParams] | None = None
         self._thread = threading.Thread(target=self._main, name="polars_llm vllm", daemon=True)
+        self._gone = False
+        self._door = threading.Lock()
         self._thread.start()
-        error = self._ready.get()
+        try:
+            error = self._ready.get()
+        except BaseException:  # Ctrl+C: what is being built closes itself
+            self._inbox.put(None)
+            raise
         if error is not None:
             self._thread.join()
             raise error
@@ -136,7 +148,7 @@ class Engine:
     @property
     def alive(self) -> bool:
         """False once it is closed or has died."""
-        return self._thread.is_alive()
+        return not self._gone
 
     @property
     def idle(self) -> bool:
@@ -147,7 +159,10 @@ class Engine:
     def run(self, packs: Iterator[Sequence[Ask]]) -> Iterator[Run]:
         """Answer these; leaving early takes what is in flight back."""
         run = Run(packs)
-        self._inbox.put(run)
+        with self._door:
+            if self._gone:
+                raise binding.closed()
+            self._inbox.put(run)
         try:
             yield run
         finally:
@@ -173,8 +188,13 @@ class Engine:
                 pass
         except BaseException as error:  # noqa: BLE001  # carried to everybody who waits for answers
             stopped = binding.died(error)
+        with self._door:
+            self._gone = True
+            while not self._inbox.empty():
+                if (late := self._inbox.get()) is not None:
+                    self._runs.append(late)
         for run in self._runs:
-            run.outbox.put(stopped)
+            run.stop(stopped)
         self._runs.clear()
         self._tear_down()
 
@@ -208,7 +228,7 @@ class Engine:
         if any(run.in_flight for run in self._runs):
             self._step()
         for run in [r for r in self._runs if r.fed and not r.in_flight]:
-            run.outbox.put(None)
+            run.stop(None)
             self._runs.remove(run)
         return True
 
