@@ -205,6 +205,7 @@ def main() -> None:
     parser.add_argument("--runs", type=int, default=3)
     parser.add_argument("--seats", type=int, default=32, help="requests that the engine works on at once")
     parser.add_argument("--kv-tokens", type=int, default=8_192, help="size of its cache; 0: as it likes")
+    parser.add_argument("--columns", nargs="*", default=[], help="only these, by name")
     parser.add_argument("--quick", action="store_true", help="tiny: compares the answers only")
     given = parser.parse_args()
     if given.quick:
@@ -218,7 +219,8 @@ def main() -> None:
         bench = Bench(given, path)
         bench.run("vllm", easy(20, random.Random(1)))  # warm
         for column in [*COLUMNS, *UNSEEN]:
-            measure(bench, column, given)
+            if not given.columns or column.__name__ in given.columns:
+                measure(bench, column, given)
         bench.model("input").close()
     finally:
         shutil.rmtree(place)

@@ -13,6 +13,7 @@ import os
 import random
 import sys
 import threading
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -63,6 +64,12 @@ def construct(model: str, arguments: Mapping[str, Any]) -> vllm.LLM:
     ProviderError
         What else vLLM says.
     """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of what they import, for their developers
+        return _construct(model, arguments)
+
+
+def _construct(model: str, arguments: Mapping[str, Any]) -> vllm.LLM:
     _import()
     import vllm
 
