@@ -114,9 +114,11 @@ def test_lazy_frames_and_expressions(model: pllm.VLLM) -> None:
     lazy = frame.lazy().llm.generate("q", model=model, max_tokens=4)
     assert lazy.collect().equals(whole)
     assert lazy.collect(engine="streaming").equals(whole)
-    pllm.VLLM.close(model)
+    model.close()
     new = frame.with_columns(pl.col("q") + "!").lazy().llm.generate("q", model=model, max_tokens=4)
     assert new.collect(engine="streaming")["response"].null_count() == 0
+    other = frame.with_columns(pl.col("q") + "?").lazy().llm.generate("q", model=model, max_tokens=4)
+    assert other.llm.collect()["response"].null_count() == 0
     by_expression = frame.select(pl.col("q").llm.generate(model=model, max_tokens=4))
     assert by_expression.to_series().equals(whole["response"])
 
