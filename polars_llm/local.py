@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
+import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, get_args
+from typing import TYPE_CHECKING, Any, Self, get_args
 
 from polars_llm.backends import sampling
 from polars_llm.backends.order import Order
@@ -54,6 +56,9 @@ class VLLM:
     price_per_hour
         What the machine costs, in USD: ``cost_usd`` is then each answer's share of the time, by tokens
         computed. Default: null costs.
+    vector_length
+        How many numbers an embedding has, for `embed` with a name of the hub; the config of a model on
+        disk says it. Not part of the key.
 
     Raises
     ------
@@ -76,6 +81,8 @@ class VLLM:
     raw: bool
     order: Order
     price_per_hour: float | None
+    vector_length: int | None
+    endpoint: str
 
     def __init__(
         self,
@@ -88,6 +95,7 @@ class VLLM:
         raw: bool = False,
         order: Order = "auto",
         price_per_hour: float | None = None,
+        vector_length: int | None = None,
     ) -> None:
         if not isinstance(name, str) or not name.strip():
             raise InvalidRequest(
@@ -113,6 +121,8 @@ class VLLM:
             "raw": raw,
             "order": order,
             "price_per_hour": price_per_hour,
+            "vector_length": vector_length,
+            "endpoint": sampling.RAW if raw else sampling.CHAT,
         }
         for field, value in facts.items():
             object.__setattr__(self, field, value)
@@ -163,16 +173,41 @@ class VLLM:
                 "dtype": self.dtype,
                 "revision": self.revision,
                 "quantization": self.quantization,
+                **({"runner": "pooling"} if self.endpoint == sampling.EMBEDDINGS else {}),
             },
-            raw=self.raw,
+            endpoint=self.endpoint,
             order=self.order,
             price_per_hour=self.price_per_hour,
         )
+
+    def embedding(self, dimensions: int | None) -> tuple[Self, int | None, int]:
+        """The same model for embeddings, what to ask it for, and the vectors' length."""
+        own = self.vector_length or _hidden_size(model_path(self.name))
+        if dimensions is None and own is None:
+            raise InvalidRequest(
+                f"The length of the vectors of {self.name!r} is not known before it is loaded",
+                hint=f"pllm.VLLM({self.name!r}, vector_length=1024) says it. Nothing was asked.",
+            )
+        asked = copy.copy(self)
+        object.__setattr__(asked, "endpoint", sampling.EMBEDDINGS)
+        sent = None if dimensions == own else dimensions
+        return asked, sent, dimensions or own or 0
 
     def live(self, max_concurrency: int | None = None) -> VLLMLocal:
         """The same: an engine answers while the process waits, as many at once as it has room for."""
         return self.backend()
 
     def close(self) -> None:
-        """Close the engine of this configuration, if this process has one, and free its memory."""
-        self.backend().close_engine()
+        """Close the engines of this configuration, if this process has any, and free their memory."""
+        pooling = copy.copy(self)
+        object.__setattr__(pooling, "endpoint", sampling.EMBEDDINGS)
+        for asked in (self, pooling):
+            asked.backend().close_engine()
+
+
+def _hidden_size(path: Path | None) -> int | None:
+    config = path and path / "config.json"
+    if not config or not config.is_file():
+        return None
+    size = json.loads(config.read_text()).get("hidden_size")
+    return size if isinstance(size, int) else None

@@ -33,6 +33,7 @@ __all__ = [
     "kind_of",
     "message_of",
     "no_template",
+    "pooling_parameters",
     "refusals",
     "release_memory",
     "render",
@@ -230,6 +231,13 @@ def sampling_parameters(arguments: Mapping[str, Any]) -> vllm.SamplingParams:
     if chosen.get("structured_outputs"):
         chosen["structured_outputs"] = StructuredOutputsParams(**chosen["structured_outputs"])
     return vllm.SamplingParams(**chosen, output_kind=RequestOutputKind.FINAL_ONLY)
+
+
+def pooling_parameters(arguments: Mapping[str, Any]) -> vllm.PoolingParams:
+    """vLLM's own value, for embeddings."""
+    import vllm
+
+    return vllm.PoolingParams(task="embed", **arguments)
 
 
 def refusals() -> tuple[type[Exception], ...]:

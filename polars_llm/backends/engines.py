@@ -44,7 +44,7 @@ class Ask:
     prompt
         Text, sent as it is; or messages, for the model's chat template.
     sampling
-        Keyword arguments of vllm.SamplingParams.
+        Keyword arguments of vllm.SamplingParams, or of PoolingParams for a pooling model.
     template
         Arguments of the chat template.
     """
@@ -206,8 +206,9 @@ class Engine:
         config = self._llm.llm_engine.vllm_config
         self._room = int(config.scheduler_config.max_num_seqs) + _WAITING
         self._longest = int(config.model_config.max_model_len)
-        self._defaults = dict(config.model_config.get_diff_sampling_param())
-        self.no_template = binding.no_template(self._llm)
+        self._pooling = config.model_config.runner_type == "pooling"
+        self._defaults = {} if self._pooling else dict(config.model_config.get_diff_sampling_param())
+        self.no_template = None if self._pooling else binding.no_template(self._llm)
 
     def _tear_down(self) -> None:
         global _built
@@ -255,7 +256,7 @@ class Engine:
         try:
             inputs = binding.render(self._llm, ask.prompt, ask.template)
             length = len(inputs.get("prompt_token_ids") or ())
-            if length >= self._longest:
+            if length >= self._longest + self._pooling:
                 run.outbox.put(Refused(ask.key, "prompt_too_long", self._too_long(length)))
                 return
             self._llm.llm_engine.add_request(name, inputs, self._parameters(ask.sampling))
@@ -268,7 +269,8 @@ class Engine:
     def _parameters(self, sampling: Mapping[str, Any]) -> vllm.SamplingParams:
         """Made once for all rows that share them; vLLM copies what it is given."""
         if self._last is None or self._last[0] is not sampling:
-            self._last = sampling, binding.sampling_parameters({**self._defaults, **sampling})
+            make = binding.pooling_parameters if self._pooling else binding.sampling_parameters
+            self._last = sampling, make({**self._defaults, **sampling})
         return self._last[1]
 
     def _too_long(self, length: int) -> str:

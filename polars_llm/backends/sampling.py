@@ -16,7 +16,17 @@ from polars_llm.backends.weights import directory_digest
 from polars_llm.errors import InvalidRequest
 from polars_llm.request import Json, RequestHeader, canonical
 
-__all__ = ["CHAT", "EMBEDDINGS", "MAX_TOKENS", "RAW", "arguments", "body", "declared", "template_arguments"]
+__all__ = [
+    "CHAT",
+    "EMBEDDINGS",
+    "MAX_TOKENS",
+    "RAW",
+    "arguments",
+    "body",
+    "declared",
+    "embedding_body",
+    "template_arguments",
+]
 
 CHAT = "/v1/chat/completions"
 RAW = "/v1/completions"
@@ -128,6 +138,24 @@ def body(options: Options, settings: Mapping[str, Json]) -> dict[str, Json]:
         ) from None
     assert isinstance(asked, dict)
     return {"max_tokens": MAX_TOKENS, **asked, "engine": dict(settings)}
+
+
+def embedding_body(options: Options, settings: Mapping[str, Json]) -> dict[str, Json]:
+    """What enters the key of a vector.
+
+    Raises
+    ------
+    InvalidRequest
+        At call: a parameter; pooling is a setting of the engine.
+    """
+    if options.params:
+        raise InvalidRequest(
+            f"params={dict(options.params)!r}: an embedding by an engine takes none",
+            hint="pooling is a setting: pllm.VLLM(..., engine={'pooler_config': ...}). Nothing was asked.",
+        )
+    dimensions = getattr(options, "dimensions", None)
+    asked = {} if dimensions is None else {"dimensions": dimensions}
+    return {**asked, "engine": dict(settings)}
 
 
 def declared(engine: Mapping[str, Any], **own: Json) -> dict[str, Json]:

@@ -28,7 +28,11 @@ _BLOCK_SECONDS = 1.0
 # Tokens of prompts that the engine is handed at a time; between two it takes a step.
 _PACK_TOKENS = 4_096
 
-_SCHEMA: Mapping[str, pl.DataType] = {**REPLY_SCHEMA, "cost_usd": pl.Float64()}
+_SCHEMA: Mapping[str, pl.DataType] = {
+    **REPLY_SCHEMA,
+    "cost_usd": pl.Float64(),
+    "vector": pl.List(pl.Float32()),
+}
 
 
 class VLLMLocal:
@@ -49,7 +53,7 @@ class VLLMLocal:
         key_name: str,
         settings: Mapping[str, Json],
         arguments: Mapping[str, Any],
-        raw: bool = False,
+        endpoint: str = sampling.CHAT,
         order: Order = "auto",
         price_per_hour: float | None = None,
     ) -> None:
@@ -59,7 +63,7 @@ class VLLMLocal:
         self._key_name = key_name
         self._settings = settings
         self._arguments = arguments
-        self._raw = raw
+        self._endpoint = endpoint
         self._order = order
         self._price = price_per_hour
 
@@ -71,9 +75,11 @@ class VLLMLocal:
         return RequestHeader(
             provider=self.provider,
             base_url=None,
-            endpoint=sampling.RAW if self._raw else sampling.CHAT,
+            endpoint=self._endpoint,
             model=self._key_name,
-            body=sampling.body(options, self._settings),
+            body=sampling.embedding_body(options, self._settings)
+            if self._endpoint == sampling.EMBEDDINGS
+            else sampling.body(options, self._settings),
         )
 
     def run(self, requests: Sequence[Requests]) -> Generator[pl.DataFrame, None, None]:
@@ -82,7 +88,7 @@ class VLLMLocal:
         packs = chain.from_iterable(self._packs(r) for r in requests)
         self.note = "starting the engine"
         yield pl.DataFrame(schema=_SCHEMA)  # the time to show it
-        engine = engines.engine_for(self._model, self._arguments, chat=not self._raw)
+        engine = engines.engine_for(self._model, self._arguments, chat=self._endpoint == sampling.CHAT)
         with engine.run(packs) as run:
             rows: list[Reply] = []
             since = time.monotonic()
@@ -100,7 +106,7 @@ class VLLMLocal:
                 yield block
 
     def _check(self, requests: Sequence[Requests]) -> None:
-        if not self._raw:
+        if self._endpoint == sampling.CHAT:
             return
         for r in requests:
             if r.frame["system"].null_count() < r.height or (r.frame["kind"] != "t").any():
@@ -111,7 +117,10 @@ class VLLMLocal:
 
     def _packs(self, requests: Requests) -> Iterator[Sequence[Ask]]:
         """Asks in order, a pack at a time."""
-        plan = arrange(requests.frame, self._order, budget=_PACK_TOKENS)
+        order = self._order
+        if order == "auto" and self._endpoint == sampling.EMBEDDINGS:
+            order = "length"  # nothing is generated, and a batch of encoders is as long as its longest text
+        plan = arrange(requests.frame, order, budget=_PACK_TOKENS)
         template = sampling.template_arguments(requests.header)
         by_sample: dict[int, dict[str, Any]] = {}
         ordered = requests.frame[plan.rows].with_columns(plan.packs.alias("pack"))
@@ -121,7 +130,8 @@ class VLLMLocal:
                 key, prompt, kind, system, sample = row
                 if sample not in by_sample:
                     by_sample[sample] = sampling.arguments(requests.header, sample)
-                said = prompt if self._raw else _messages(prompt, kind, system)
+                chat = self._endpoint == sampling.CHAT
+                said = _messages(prompt, kind, system) if chat else prompt
                 asks.append(Ask(key, said, by_sample[sample], template))
             yield asks
 
@@ -158,6 +168,8 @@ def _reply(event: Finished | Refused) -> Reply:
     if isinstance(event, Refused):
         return {"key": event.key, "state": FAILED, "error": event.kind, "error_message": event.message}
     output = event.output
+    if not hasattr(output.outputs, "__len__"):
+        return _vector(event)
     answer = output.outputs[0]
     done = answer.finish_reason not in {"abort", "error"}
     return {
@@ -169,4 +181,16 @@ def _reply(event: Finished | Refused) -> Reply:
         "input_tokens": len(output.prompt_token_ids or ()),
         "cached_input_tokens": output.num_cached_tokens,
         "output_tokens": len(answer.token_ids),
+    }
+
+
+def _vector(event: Finished) -> Reply:
+    return {
+        "key": event.key,
+        "state": DONE,
+        "finish_reason": "stop",
+        "input_tokens": len(event.output.prompt_token_ids or ()),
+        "cached_input_tokens": event.output.num_cached_tokens or 0,
+        "output_tokens": 0,
+        "vector": event.output.outputs.data.float().cpu().numpy(),
     }
