@@ -64,7 +64,7 @@ def arrange(
     requests
         ``system`` String or null, ``prompt`` String, as in `Requests.frame`.
     order
-        ``"prefix"``: rows that begin alike together, what shares nothing after them, longest first.
+        ``"prefix"``: rows that begin alike together, what shares nothing after them, as it comes.
         ``"length"``: longest first, so that no long one is left to run alone at the end. ``"input"``: as
         they come. ``"auto"``: by prefix where that can save anything; else by length where outputs are
         expected to differ much; else as they come.
@@ -125,15 +125,15 @@ def _grouped(facts: pl.DataFrame, requests: pl.DataFrame) -> tuple[pl.DataFrame,
 
 def _in_groups(by_text: pl.DataFrame) -> pl.DataFrame:
     """Groups by the longest answer expected in them; within one by its text, which keeps deeper
-    prefixes together; after them what shares nothing, longest first.
+    prefixes together; after them what shares nothing, as it comes.
     """
+    # Not longest first: long ones together fill the cache, so that fewer run at once (docs/local.md).
     alone = pl.len().over("group") == 1
     return by_text.with_columns(
         alone=alone,
-        place=pl.int_range(pl.len(), dtype=pl.UInt32),
         longest=pl.col("expected").max().over("group"),
-        length=pl.when(alone).then("tokens").otherwise(0),
-    ).sort("alone", "longest", "length", "place", descending=[False, True, True, False])
+        place=pl.when(alone).then("row").otherwise(pl.int_range(pl.len(), dtype=pl.UInt32)),
+    ).sort("alone", "longest", "place", descending=[False, True, False])
 
 
 def _text(requests: pl.DataFrame) -> pl.Series:
