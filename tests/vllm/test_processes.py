@@ -57,21 +57,26 @@ def script(path: Path, last: str) -> Path:
     return path
 
 
-def test_killed_in_the_middle_the_rest_alone_is_asked(model_dir: str, tmp_path: Path) -> None:
-    process = start(script(tmp_path / "ask.py", "ask(sys.argv[1])"), model_dir)
+def until_some_are_kept(process: subprocess.Popen[str]) -> None:
     until = time.monotonic() + 150
-    kept = 0
-    while not kept and process.poll() is None and time.monotonic() < until:
+    while process.poll() is None and time.monotonic() < until and not pllm.results().collect().height:
         time.sleep(0.05)
-        kept = pllm.results().collect().height
-    os.killpg(process.pid, signal.SIGKILL)
-    process.communicate()
+
+
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT], ids=lambda how: how.name)
+def test_stopped_in_the_middle_the_rest_alone_is_asked(
+    how: signal.Signals, model_dir: str, tmp_path: Path
+) -> None:
+    process = start(script(tmp_path / "ask.py", "ask(sys.argv[1])"), model_dir)
+    until_some_are_kept(process)
+    process.send_signal(how)
+    said = finish(process)
+    assert ("KeyboardInterrupt" in said) == (how is signal.SIGINT), said
     kept = pllm.results().collect().height
     assert 0 < kept < ROWS
     frame = pl.DataFrame({"q": [f"Question {i}" for i in range(ROWS)]})
-    out = frame.llm.generate(
-        "q", model=tiny(model_dir), max_tokens=100, temperature=0, params={"ignore_eos": True}
-    )
+    asked = {"max_tokens": 100, "temperature": 0, "params": {"ignore_eos": True}}
+    out = frame.llm.generate("q", model=tiny(model_dir), **asked)
     assert out["response"].null_count() == 0
     jobs = pllm.jobs().select("state", "requests").rows()
     assert jobs == [("released", ROWS), ("ingested", ROWS - kept)]
