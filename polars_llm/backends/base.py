@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Mapping, Sequence
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol, TypeAlias, TypeVar
+from typing import TYPE_CHECKING, Any, Protocol, TypeAlias, TypeVar, runtime_checkable
 
 import polars as pl
 
@@ -25,6 +25,7 @@ __all__ = [
     "CallFailed",
     "Found",
     "IsOurs",
+    "Learns",
     "Limits",
     "ListedBatch",
     "LiveBackend",
@@ -254,6 +255,14 @@ class LiveBackend(Protocol):
 
     def close(self) -> None:
         """Close connections; the next call opens new ones. An engine that others may use stays."""
+
+
+@runtime_checkable
+class Learns(Protocol):
+    """A live backend that makes use of how long earlier answers were."""
+
+    def learn(self, answers: pl.LazyFrame) -> None:
+        """Look at `ResultStore.scan` before a run."""
 
 
 def is_batch(backend: BatchBackend | LiveBackend) -> TypeIs[BatchBackend]:

@@ -13,7 +13,7 @@ from typing import Literal, TypeAlias
 
 import polars as pl
 
-__all__ = ["Arrangement", "Order", "arrange"]
+__all__ = ["Arrangement", "Order", "arrange", "expected_lengths"]
 
 Order: TypeAlias = Literal["auto", "prefix", "length", "input"]
 
@@ -24,6 +24,8 @@ _STEP = 64
 _WORTH_GROUPING = 0.02
 # Outputs that are expected to differ by this factor (9th to 5th decile) are worth starting longest first.
 _WIDE = 2.0
+# Answers from which on earlier ones say something, and into how many classes of size they are put.
+_ENOUGH, _CLASSES = 100, 10
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -87,6 +89,36 @@ def arrange(
     elif order == "length":
         facts = facts.sort("expected", "tokens", "row", descending=[True, True, False])
     return Arrangement(facts["row"], _packs(facts["tokens"], budget), order, shared)
+
+
+def expected_lengths(requests: pl.DataFrame, answered: pl.DataFrame) -> pl.Series | None:
+    """Tokens that each answer is expected to have; None if too little is known.
+
+    A row is expected to do as earlier ones of its rank: the tenth of the prompts that are longest as the
+    tenth of the earlier prompts that were longest, and so on. Ranks need no tokenizer.
+
+    Parameters
+    ----------
+    requests
+        As for `arrange`.
+    answered
+        ``input_tokens``, ``output_tokens`` of earlier answers of the model.
+    """
+    answered = answered.drop_nulls()
+    if answered.height < _ENOUGH:
+        return None
+    means = (
+        answered.select(_class_of("input_tokens"), "output_tokens")
+        .group_by("class")
+        .agg(pl.mean("output_tokens"))
+    )
+    ranked = _facts(requests, None).select(_class_of("tokens"))
+    return ranked.join(means, on="class", how="left", maintain_order="left")["output_tokens"]
+
+
+def _class_of(size: str) -> pl.Expr:
+    rank = pl.col(size).rank("ordinal").cast(pl.Int64) - 1
+    return (rank * _CLASSES // pl.len()).alias("class")
 
 
 def _choose(shared: float, expected: pl.Series | None) -> Order:

@@ -15,7 +15,7 @@ from polars_llm.answer import DONE, FAILED, RETRY
 from polars_llm.backends import engines, sampling
 from polars_llm.backends.base import Options
 from polars_llm.backends.engines import Ask, Finished, Refused
-from polars_llm.backends.order import Order, arrange
+from polars_llm.backends.order import Order, arrange, expected_lengths
 from polars_llm.backends.replies import REPLY_SCHEMA, Reply
 from polars_llm.errors import InvalidRequest
 from polars_llm.job import Mode
@@ -27,6 +27,8 @@ __all__ = ["VLLMLocal"]
 _BLOCK_SECONDS = 1.0
 # Tokens of prompts that the engine is handed at a time; between two it takes a step.
 _PACK_TOKENS = 4_096
+# Earlier answers that say how long the next ones will be.
+_HISTORY = 10_000
 
 _SCHEMA: Mapping[str, pl.DataType] = {
     **REPLY_SCHEMA,
@@ -66,6 +68,7 @@ class VLLMLocal:
         self._endpoint = endpoint
         self._order = order
         self._price = price_per_hour
+        self._answered = pl.DataFrame(schema={"input_tokens": pl.Int64, "output_tokens": pl.Int64})
 
     def __repr__(self) -> str:
         return f"VLLMLocal({self._model!r})"
@@ -81,6 +84,13 @@ class VLLMLocal:
             if self._endpoint == sampling.EMBEDDINGS
             else sampling.body(options, self._settings),
         )
+
+    def learn(self, answers: pl.LazyFrame) -> None:
+        """How long the newest answers of this model were, for the order of the next run."""
+        if self._order not in {"input", "length"} and self._endpoint != sampling.EMBEDDINGS:
+            ours = (pl.col("provider") == self.provider) & (pl.col("model") == self._shown)
+            known = answers.filter(ours & (pl.col("state") == DONE))
+            self._answered = known.select("input_tokens", "output_tokens").tail(_HISTORY).collect()
 
     def run(self, requests: Sequence[Requests]) -> Generator[pl.DataFrame, None, None]:
         """Answer them all; a block about every second, while the engine goes on."""
@@ -120,7 +130,8 @@ class VLLMLocal:
         order = self._order
         if order == "auto" and self._endpoint == sampling.EMBEDDINGS:
             order = "length"  # nothing is generated, and a batch of encoders is as long as its longest text
-        plan = arrange(requests.frame, order, budget=_PACK_TOKENS)
+        guess = expected_lengths(requests.frame, self._answered)
+        plan = arrange(requests.frame, order, budget=_PACK_TOKENS, expected=guess)
         template = sampling.template_arguments(requests.header)
         by_sample: dict[int, dict[str, Any]] = {}
         ordered = requests.frame[plan.rows].with_columns(plan.packs.alias("pack"))

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 import polars as pl
 
 from polars_llm.answer import ACCOUNT, FAILED, RETRY
-from polars_llm.backends.base import CallFailed, LiveBackend
+from polars_llm.backends.base import CallFailed, Learns, LiveBackend
 from polars_llm.job import Job, State
 from polars_llm.jobs.claim import claim, one_run
 from polars_llm.jobs.ingest import blame_account, keep
@@ -61,6 +61,8 @@ def _run(job: Job, backend: LiveBackend, requests: Sequence[Requests], store: St
     """One run; returns the keys that failed for a passing reason."""
     job = store.ledger.move(job, State.RUNNING)
     run = _Run(job, backend, store, pl.concat([r.frame.select("key", "attempt") for r in requests]))
+    if isinstance(backend, Learns):
+        backend.learn(store.results.scan())
     try:
         with (
             Progress(job.requests, "LLM answers") as bar,

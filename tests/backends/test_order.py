@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from polars_llm.backends.order import Order, arrange
+from polars_llm.backends.order import Order, arrange, expected_lengths
 
 ORDERS: list[Order] = ["auto", "prefix", "length", "input"]
 # Few letters and long repeats, so that texts share beginnings of all lengths.
@@ -132,3 +132,21 @@ def test_longest_first_without_history() -> None:
     plan = arrange(column(["a" * 8, "b" * 80, "c", "d" * 40]), "length", budget=15)
     assert plan.rows.to_list() == [1, 3, 0, 2]
     assert plan.packs.to_list() == [0, 1, 2, 2]
+
+
+def test_answers_are_expected_to_be_as_long_as_those_of_earlier_prompts_of_their_rank() -> None:
+    earlier = pl.DataFrame({"input_tokens": range(200), "output_tokens": [i * i for i in range(200)]})
+    asked = column([chr(97 + i) * (40 * i) for i in reversed(range(20))])
+    guess = expected_lengths(asked, earlier.sample(fraction=1, shuffle=True, seed=1))
+    assert guess is not None
+    assert guess.to_list() == sorted(guess, reverse=True)
+    assert guess.to_list()[0] == pytest.approx(sum(i * i for i in range(180, 200)) / 20)
+    assert guess.to_list()[-1] == pytest.approx(sum(i * i for i in range(20)) / 20)
+    assert arrange(asked, expected=guess).order == "length"
+
+
+def test_little_history_says_nothing() -> None:
+    few = pl.DataFrame({"input_tokens": range(50), "output_tokens": range(50)})
+    assert expected_lengths(column(["a", "b"]), few) is None
+    unknown = few.with_columns(output_tokens=pl.lit(None, pl.Int64))
+    assert expected_lengths(column(["a"]), pl.concat([unknown] * 10)) is None

@@ -1,0 +1,32 @@
+"""What the local backend hands to its engine, and in which order. No vLLM needed."""
+
+from __future__ import annotations
+
+import polars as pl
+
+import polars_llm as pllm
+from polars_llm.answer import DONE
+from polars_llm.backends.base import Learns, Options
+from polars_llm.request import Requests
+
+
+def test_where_answers_grow_with_prompts_the_longest_come_first() -> None:
+    backend = pllm.VLLM("org/name").backend()
+    assert isinstance(backend, Learns)
+    header = backend.header(Options())
+    texts = [chr(97 + i) * (20 * i + 10) for i in range(20)]
+    frame = pl.DataFrame({"key": [bytes([i]) * 32 for i in range(20)], "prompt": texts}).with_columns(
+        attempt=pl.lit(1), kind=pl.lit("t"), system=pl.lit(None, pl.String), sample=pl.lit(0)
+    )
+    earlier = pl.LazyFrame(
+        {"input_tokens": range(300), "output_tokens": [i * i for i in range(300)]}
+    ).with_columns(provider=pl.lit("vllm"), model=pl.lit(backend._shown), state=pl.lit(DONE))
+
+    def keys() -> list[int]:
+        return [ask.key[0] for pack in backend._packs(Requests(header, frame)) for ask in pack]
+
+    assert keys() == list(range(20))
+    backend.learn(earlier.with_columns(model=pl.lit("another")))
+    assert keys() == list(range(20))
+    backend.learn(earlier)
+    assert keys() == list(reversed(range(20)))
