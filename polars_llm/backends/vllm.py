@@ -134,10 +134,11 @@ class VLLMLocal:
         plan = arrange(requests.frame, order, budget=_PACK_TOKENS, expected=guess)
         template = sampling.template_arguments(requests.header)
         by_sample: dict[int, dict[str, Any]] = {}
-        ordered = requests.frame[plan.rows].with_columns(plan.packs.alias("pack"))
-        for pack in ordered.partition_by("pack", maintain_order=True):
+        ordered = requests.frame.select("key", "prompt", "kind", "system", "sample")[plan.rows]
+        start = 0
+        for length in plan.packs.rle().struct.field("len"):
             asks = []
-            for row in pack.select("key", "prompt", "kind", "system", "sample").iter_rows():
+            for row in ordered.slice(start, length).iter_rows():
                 key, prompt, kind, system, sample = row
                 if sample not in by_sample:
                     by_sample[sample] = sampling.arguments(requests.header, sample)
@@ -145,6 +146,7 @@ class VLLMLocal:
                 said = _messages(prompt, kind, system) if chat else prompt
                 asks.append(Ask(key, said, by_sample[sample], template))
             yield asks
+            start += length
 
     def _block(self, rows: list[Reply], seconds: float) -> pl.DataFrame:
         block = pl.DataFrame(rows, schema=_SCHEMA).with_columns(model=pl.lit(self._shown))
