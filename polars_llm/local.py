@@ -159,8 +159,13 @@ class VLLM:
         path = model_path(self.name)
         return (self.name, None) if path is None else (f"path-{directory_digest(path)}", path)
 
-    def backend(self) -> VLLMLocal:
-        """The backend; the engine is made when it is first needed."""
+    def backend(self, mode: str = "batch", *, max_concurrency: int | None = None) -> VLLMLocal:
+        """The backend; the engine is made when it is first needed, and answers in every mode."""
+        if max_concurrency is not None:
+            raise InvalidRequest(
+                "max_concurrency is for realtime calls; an engine schedules by itself",
+                hint="pass engine={'max_num_seqs': ...} to pllm.VLLM. Nothing was sent.",
+            )
         from polars_llm.backends.vllm import VLLMLocal
 
         key_name, path = self._key_name()

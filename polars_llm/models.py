@@ -6,15 +6,19 @@ import dataclasses
 import functools
 import os
 from collections.abc import Callable, Sequence
-from typing import Any, ClassVar, TypeAlias
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeAlias, overload
 
 from polars_llm.backends import messages
-from polars_llm.backends.base import BatchBackend
-from polars_llm.backends.hosts import normalise_base_url
+from polars_llm.backends.base import BatchBackend, LiveBackend
+from polars_llm.backends.hosts import ANTHROPIC, Host, host_of, normalise_base_url
 from polars_llm.errors import InvalidRequest, ModelNotChosen
 from polars_llm.job import Job
 from polars_llm.local import VLLM
 from polars_llm.pricing import Prices
+
+if TYPE_CHECKING:
+    from polars_llm.backends.anthropic import AnthropicBatch
+    from polars_llm.backends.openai import OpenAIBatch
 
 __all__ = ["VLLM", "Anthropic", "Model", "OpenAI", "for_job", "of_provider", "resolve"]
 
@@ -68,6 +72,41 @@ class _Hosted:
         """What stands for the host in keys."""
         return normalise_base_url(self.cache_as or self._address, own=self._own)
 
+    @property
+    def _kind(self) -> Host:
+        """What the host can do."""
+        raise NotImplementedError
+
+    def _client(self) -> OpenAIBatch | AnthropicBatch:
+        raise NotImplementedError
+
+    @overload
+    def backend(self) -> BatchBackend: ...
+
+    @overload
+    def backend(
+        self, mode: Literal["batch", "realtime"], *, max_concurrency: int | None = None
+    ) -> BatchBackend | LiveBackend: ...
+
+    def backend(
+        self, mode: Literal["batch", "realtime"] = "batch", *, max_concurrency: int | None = None
+    ) -> BatchBackend | LiveBackend:
+        """The backend as the environment stands now.
+
+        Raises
+        ------
+        InvalidRequest
+            At call: ``mode="batch"``, and the host has no batches.
+        """
+        if mode == "batch":
+            self._kind.check_batch()
+            return self._client()
+        from polars_llm.backends.realtime import Realtime
+
+        client = self._client()
+        batch = client if self._kind.batch_endpoints else None
+        return Realtime(client, batch=batch, max_concurrency=max_concurrency)
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True, init=False)
 class OpenAI(_Hosted):
@@ -87,11 +126,14 @@ class OpenAI(_Hosted):
         answers from there stay valid.
     prices
         Your own prices (`pllm.Prices`), where the bundled list does not know the model or the host.
+    host
+        What kind of server answers there, where its address does not tell: ``"vllm"``, ``"sglang"``,
+        ``"tgi"``, ``"ollama"``, ``"azure"`` and so on (docs/hosts.md). Not part of the key.
 
     Raises
     ------
     InvalidRequest
-        At call: an empty name, or a `base_url` that is not an http address.
+        At call: an empty name, a `base_url` that is not an http address, an unknown `host`.
 
     Examples
     --------
@@ -99,6 +141,8 @@ class OpenAI(_Hosted):
     >>> pllm.OpenAI("gpt-6-luna")
     OpenAI('gpt-6-luna')
     """
+
+    host: str | None = None
 
     _own: ClassVar[str] = "https://api.openai.com/v1"
     _base_url_variable: ClassVar[str] = "OPENAI_BASE_URL"
@@ -111,15 +155,22 @@ class OpenAI(_Hosted):
         api_key: str | None = None,
         cache_as: str | None = None,
         prices: Prices | None = None,
+        host: str | None = None,
     ) -> None:
         self._set(name, base_url, api_key, cache_as, prices)
+        host_of(None, host)
+        object.__setattr__(self, "host", host)
 
     def __repr__(self) -> str:
-        host = normalise_base_url(self.base_url, own=self._own)
-        return f"OpenAI({self.name!r}{f', base_url={host!r}' if host else ''})"
+        facts = {"base_url": normalise_base_url(self.base_url, own=self._own), "host": self.host}
+        said = "".join(f", {field}={value!r}" for field, value in facts.items() if value)
+        return f"OpenAI({self.name!r}{said})"
 
-    def backend(self) -> BatchBackend:
-        """The backend as the environment stands now."""
+    @property
+    def _kind(self) -> Host:
+        return host_of(normalise_base_url(self._address, own=self._own), self.host)
+
+    def _client(self) -> OpenAIBatch:
         from polars_llm.backends.openai import OpenAIBatch
 
         address = self._address
@@ -129,6 +180,7 @@ class OpenAI(_Hosted):
             address=address,
             key_url=self._key_url,
             api_key=self.api_key,
+            host=self._kind,
         )
         made.prices = self.prices
         return made
@@ -207,8 +259,11 @@ class Anthropic(_Hosted):
         said = "".join(f", {field}={value!r}" for field, value in facts.items() if value)
         return f"Anthropic({self.name!r}{said})"
 
-    def backend(self) -> BatchBackend:
-        """The backend as the environment stands now."""
+    @property
+    def _kind(self) -> Host:
+        return ANTHROPIC
+
+    def _client(self) -> AnthropicBatch:
         from polars_llm.backends.anthropic import AnthropicBatch
 
         address = self._address
@@ -295,10 +350,8 @@ def for_job(job: Job, model: Model | None = None) -> BatchBackend:
 def _reaching(job: Job, make: Callable[..., Hosted]) -> BatchBackend:
     """The environment's own address (it may hold what a normalised one does not), if it is the job's."""
     model = make()
-    backend = model.backend()
-    return (
-        backend if backend.base_url == job.base_url else make(base_url=job.base_url or model._own).backend()
-    )
+    here = normalise_base_url(model._address, own=model._own)
+    return (model if here == job.base_url else make(base_url=job.base_url or model._own)).backend()
 
 
 def _check_name(name: str) -> None:

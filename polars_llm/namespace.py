@@ -73,6 +73,12 @@ _VERB = """{task} {gives}.
             How often a request is asked again whose answer does not fit {fits}. Each time is a request of
             its own, paid and kept; the first answer that fits counts. What never fits is failed, error
             ``invalid_output``.
+        mode
+            ``"batch"`` (default), or ``"realtime"``: answers in seconds at the full price, asked while
+            this call waits. The same requests and the same cache: what a batch answered is not asked
+            again, and what is pending in a batch stays there.
+        max_concurrency
+            With ``mode="realtime"``: most requests at once. Default: 32.
 
         Returns
         -------

@@ -18,7 +18,7 @@ import functools
 import json
 import os
 import time
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import AsyncIterator, Callable, Collection, Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, TypeVar, cast
 
@@ -37,8 +37,9 @@ from polars_llm.backends.base import (
     Phase,
     retrying,
 )
-from polars_llm.backends.clients import PerProcess, retry_after
+from polars_llm.backends.clients import Ask, HttpReply, PerProcess, retry_after
 from polars_llm.backends.hosts import is_at, normalise_base_url, redact
+from polars_llm.backends.replies import Reply
 from polars_llm.errors import AccountError
 from polars_llm.job import Job, Mode
 from polars_llm.pricing import Prices
@@ -68,6 +69,7 @@ _PAGE = 100
 _ARCHIVED_AFTER = 28 * 24 * 3600.0
 
 T = TypeVar("T")
+C = TypeVar("C")
 
 
 class AnthropicBatch:
@@ -80,6 +82,8 @@ class AnthropicBatch:
     limits = _LIMITS
     create_timeout = _CONNECT + _SENDING + _PIECE_SENT + _REPLY + 15.0
     """Seconds. Creating sends the whole body, up to 256 MB; no call to create goes on for longer."""
+    reply_timeout = 600.0
+    """Seconds that an answer in realtime may take."""
     uploads = False
 
     def __init__(
@@ -322,19 +326,64 @@ class AnthropicBatch:
         """Close this process' connections."""
         self._clients.close()
 
+    @contextlib.asynccontextmanager
+    async def asking(self, connections: int) -> AsyncIterator[Ask]:
+        """A client for calls in realtime, in one event loop."""
+        _require_sdk()
+        import anthropic
+        import httpx2
+
+        limits = httpx2.Limits(max_connections=connections, max_keepalive_connections=connections)
+        transport = anthropic.DefaultAsyncHttpxClient(limits=limits)
+        timeout = httpx2.Timeout(self.reply_timeout, connect=_CONNECT)
+
+        async def ask(endpoint: str, body: bytes) -> HttpReply:
+            with self._errors():
+                try:
+                    reply = await client.post(
+                        endpoint,
+                        cast_to=httpx2.Response,
+                        content=body,
+                        options={
+                            "headers": {"Content-Type": "application/json"},
+                            "follow_redirects": False,
+                            "timeout": timeout,
+                        },
+                    )
+                except anthropic.APIStatusError as error:
+                    reply = error.response
+                    said = redact(reply.text, self._secrets()).encode()
+                    return HttpReply(reply.status_code, reply.headers, said)
+                return HttpReply(reply.status_code, reply.headers, reply.content)
+
+        async with transport:
+            client = self._made(anthropic.AsyncAnthropic, http_client=transport)
+            yield ask
+
+    def read_reply(self, endpoint: str, status: int, body: bytes) -> Reply:
+        """One reply of an endpoint as a row."""
+        del endpoint
+        return messages.read_reply(status, body)
+
     def _connect(self) -> anthropic.Anthropic:
-        try:
-            import anthropic
-        except ImportError as error:
-            raise ImportError(
-                "Anthropic models need the anthropic SDK.\n\nHint: pip install 'polars-llm-batch[anthropic]'"
-            ) from error
+        _require_sdk()
+        import anthropic
+
+        return self._made(anthropic.Anthropic)
+
+    def _made(self, kind: Callable[..., C], **options: Any) -> C:
+        import anthropic
+
         # A beta that an environment variable asks for would change answers behind the key: what is not
         # in our headers is not sent.
         headers: dict[str, Any] = {"anthropic-beta": anthropic.Omit(), **self._headers}
         try:
-            client = anthropic.Anthropic(
-                api_key=self._api_key, base_url=self._address, max_retries=0, default_headers=headers
+            client: Any = kind(
+                api_key=self._api_key,
+                base_url=self._address,
+                max_retries=0,
+                default_headers=headers,
+                **options,
             )
         except anthropic.AnthropicError as error:
             raise self._no_account(
@@ -343,9 +392,8 @@ class AnthropicBatch:
         if client.api_key is None and client.auth_token is None and client.credentials is None:
             raise self._no_account("No API key for Anthropic.")
         if normalise_base_url(str(client.base_url), own=_OWN) != self.base_url:
-            client.close()
             raise self._no_account("The credentials that the SDK found are for another host.")
-        return client
+        return cast("C", client)
 
     def _no_account(self, fact: str) -> AccountError:
         return AccountError(
@@ -386,6 +434,15 @@ class AnthropicBatch:
     def _secrets(self) -> tuple[str | None, ...]:
         names = ("ANTHROPIC_API_KEY", "ANTHROPIC_AUTH_TOKEN")
         return (self._api_key, *(os.environ.get(name) for name in names))
+
+
+def _require_sdk() -> None:
+    try:
+        import anthropic  # noqa: F401
+    except ImportError as error:
+        raise ImportError(
+            "Anthropic models need the anthropic SDK.\n\nHint: pip install 'polars-llm-batch[anthropic]'"
+        ) from error
 
 
 def _said(error: Any) -> str | None:

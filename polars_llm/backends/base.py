@@ -241,6 +241,10 @@ class LiveBackend(Protocol):
     def batch(self) -> BatchBackend | None:
         """What reads batches of the same host: it collects those that hold wanted keys."""
 
+    @property
+    def note(self) -> str:
+        """What holds a run up now, for the progress bar; empty as a rule."""
+
     def header(self, options: Options) -> RequestHeader:
         """What is constant over a column; raises InvalidRequest for what can't be sent."""
 
@@ -250,7 +254,9 @@ class LiveBackend(Protocol):
         Each block is made durable before the next one is asked for, so blocks come every second or so,
         while the next requests are at work. Every request gets one reply, which may be a failure;
         `CallFailed` or an error of ours stops the run, and what was yielded stays. A block may have
-        ``vector`` and ``cost_usd`` besides. Closing the iterator ends all work in flight.
+        ``vector`` and ``cost_usd`` besides, and may be empty: that is the time to show `note`. Closing
+        the iterator ends all work in flight; a KeyboardInterrupt, raised in it or thrown into it, may be
+        followed by one more block of what had come until then.
         """
 
     def close(self) -> None:
@@ -368,22 +374,25 @@ class CallFailed(Exception):
         self.retry_after = retry_after
         self.verdict = verdict(status, kind=kind, connected=connected)
 
-    def public(self, doing: str) -> ProviderError:
-        """The error for the user."""
+    def public(self, doing: str, *, hint: str | None = None) -> ProviderError:
+        """The error for the user; `hint` where the usual one, of batches, does not fit."""
         cls = AccountError if self.verdict.account else ProviderError
         said = f" ({self.kind})" if self.kind else ""
         number = f" with status {self.status}" if self.status else ""
         fact = f"{self.provider}: {doing} failed{number}{said}: {self}"
+        return cls(
+            fact, provider=self.provider, status=self.status, kind=self.kind, hint=hint or self._hint()
+        )
+
+    def _hint(self) -> str:
         if self.verdict.account:
-            hint = (
+            return (
                 "check the API key, the project, the billing and the model's name, then run the same"
                 " line again. Nothing was remembered against your rows; no batch was created."
             )
-        elif self.verdict.transient:
-            hint = "run the same line again later; what was sent before is still there."
-        else:
-            hint = "the provider refused the call; what was sent before is still there."
-        return cls(fact, provider=self.provider, status=self.status, kind=self.kind, hint=hint)
+        if self.verdict.transient:
+            return "run the same line again later; what was sent before is still there."
+        return "the provider refused the call; what was sent before is still there."
 
 
 _LONGEST_RETRY_AFTER = 60.0

@@ -23,8 +23,10 @@ ENDPOINT = "/v1/chat/completions"
 _OURS = frozenset({"model", "messages", "stream", "n"})
 
 
-def body(options: Options) -> dict[str, Json]:
+def body(options: Options, *, limit_field: str = "max_completion_tokens") -> dict[str, Json]:
     """Fields of the request body beside model and messages; nothing that the user did not set.
+
+    `limit_field` is what the host calls ``max_tokens``.
 
     Raises
     ------
@@ -32,7 +34,7 @@ def body(options: Options) -> dict[str, Json]:
         At call: a field in `params` that the library writes itself, or that is set twice.
     """
     fields: dict[str, Any] = {
-        "max_completion_tokens": options.max_tokens,
+        limit_field: options.max_tokens,
         "temperature": options.temperature,
         "top_p": options.top_p,
         "stop": options.stop,

@@ -2,12 +2,27 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import threading
-from collections.abc import Callable, Mapping
-from typing import Generic, Protocol, TypeVar
+from collections.abc import Awaitable, Callable, Mapping
+from email.utils import parsedate_to_datetime
+from typing import Generic, Protocol, TypeAlias, TypeVar
 
-__all__ = ["PerProcess", "retry_after"]
+__all__ = ["Ask", "HttpReply", "PerProcess", "retry_after"]
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class HttpReply:
+    """A reply of an endpoint, whatever its status."""
+
+    status: int
+    headers: Mapping[str, str]
+    body: bytes
+
+
+Ask: TypeAlias = Callable[[str, bytes], Awaitable[HttpReply]]
+"""One call of an endpoint (``"/v1/..."``) with a body; `CallFailed` where no reply came."""
 
 
 class _Closable(Protocol):
@@ -47,8 +62,15 @@ class PerProcess(Generic[C]):
 
 
 def retry_after(headers: Mapping[str, str]) -> float | None:
-    """Seconds that a reply asks to wait; None if it does not say, or not in seconds."""
+    """Seconds that a reply asks to wait; None if it does not say."""
+    for name, unit in (("retry-after-ms", 0.001), ("retry-after", 1.0)):
+        try:
+            return float(headers.get(name, "")) * unit
+        except ValueError:
+            continue
     try:
-        return float(headers.get("retry-after", ""))
-    except ValueError:
+        # A date is meant by the clock of the host, which says what that one shows.
+        until, now = (parsedate_to_datetime(headers.get(name, "")) for name in ("retry-after", "date"))
+        return (until - now).total_seconds()
+    except (ValueError, TypeError):
         return None

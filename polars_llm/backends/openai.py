@@ -11,9 +11,9 @@ import dataclasses
 import functools
 import json
 import os
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import AsyncIterator, Callable, Collection, Iterable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import polars as pl
 
@@ -29,8 +29,9 @@ from polars_llm.backends.base import (
     Phase,
     retrying,
 )
-from polars_llm.backends.clients import PerProcess, retry_after
-from polars_llm.backends.hosts import redact
+from polars_llm.backends.clients import Ask, HttpReply, PerProcess, retry_after
+from polars_llm.backends.hosts import Host, host_of, redact
+from polars_llm.backends.replies import Reply
 from polars_llm.errors import AccountError
 from polars_llm.job import Job, Mode
 from polars_llm.pricing import Prices
@@ -43,7 +44,7 @@ if TYPE_CHECKING:
 
 __all__ = ["OpenAIBatch"]
 
-_LIMITS = Limits(requests=50_000, size_bytes=200_000_000)
+C = TypeVar("C")
 
 _ENDED = {"completed": "completed", "expired": "expired", "cancelled": "cancelled"}
 
@@ -55,9 +56,10 @@ class OpenAIBatch:
     mode: Mode = "batch"
     prices: Prices | None = None
     """The user's own."""
-    limits = _LIMITS
     create_timeout = 60.0
     """Seconds. Creating is one small request: longer than this and the reply counts as lost."""
+    reply_timeout = 600.0
+    """Seconds that an answer in realtime may take."""
     uploads = True
 
     def __init__(
@@ -68,12 +70,14 @@ class OpenAIBatch:
         address: str | None = None,
         key_url: str | None = None,
         api_key: str | None = None,
+        host: Host | None = None,
     ) -> None:
         """`base_url` is normalised (None: the provider's own), `address` is what the SDK gets.
 
-        `key_url` stands for the host in keys.
+        `key_url` stands for the host in keys; `host` says what it can do.
         """
         self._model = model
+        self._host = host or host_of(base_url)
         self.base_url = base_url
         self._address = address
         self._key_url = key_url
@@ -83,6 +87,11 @@ class OpenAIBatch:
     def __repr__(self) -> str:
         return f"OpenAIBatch({self._model!r}, base_url={self.base_url!r})"
 
+    @property
+    def limits(self) -> Limits:
+        """What one batch may hold."""
+        return Limits(requests=self._host.requests, size_bytes=self._host.size_bytes)
+
     def header(self, options: Options) -> RequestHeader:
         """What is constant over a column."""
         return RequestHeader(
@@ -90,7 +99,7 @@ class OpenAIBatch:
             base_url=self._key_url,
             endpoint=chat.ENDPOINT,
             model=self._model,
-            body=chat.body(options),
+            body=chat.body(options, limit_field=self._host.limit_field),
             schema=worded(options.schema, OPENAI) if options.schema else None,
         )
 
@@ -108,7 +117,13 @@ class OpenAIBatch:
                 )
                 return made.id
 
-        return retrying(call)
+        try:
+            return retrying(call)
+        except CallFailed as error:
+            if error.status not in (404, 405, 501):
+                raise
+            fact = f"{error}. Has this host no batches? Then mode='realtime' asks it while you wait"
+            raise CallFailed(fact, provider=self.provider, status=error.status, kind=error.kind) from None
 
     def newest_batch(self) -> str | None:
         """Not needed: a batch carries our job id in its metadata."""
@@ -122,7 +137,7 @@ class OpenAIBatch:
             batch = client.batches.create(
                 input_file_id=job.input_file_id,
                 endpoint=job.endpoint,  # type: ignore[arg-type]  # hosts have endpoints of their own
-                completion_window="24h",
+                completion_window=self._host.windows[0],  # type: ignore[arg-type]
                 metadata={"pllm_job": job.id},
             )
         # A proxy's web page comes as text, with status 200.
@@ -257,24 +272,67 @@ class OpenAIBatch:
         """Close this process' connections."""
         self._clients.close()
 
+    @contextlib.asynccontextmanager
+    async def asking(self, connections: int) -> AsyncIterator[Ask]:
+        """A client for calls in realtime, in one event loop."""
+        _require_sdk()
+        import httpx2
+        import openai
+
+        limits = httpx2.Limits(max_connections=connections, max_keepalive_connections=connections)
+        transport = openai.DefaultAsyncHttpxClient(limits=limits)
+        timeout = httpx2.Timeout(self.reply_timeout, connect=15.0)
+
+        async def ask(endpoint: str, body: bytes) -> HttpReply:
+            with self._errors():
+                try:
+                    reply = await client.post(
+                        endpoint.removeprefix("/v1"),
+                        cast_to=httpx2.Response,
+                        content=body,
+                        options={"headers": {"Content-Type": "application/json"}, "timeout": timeout},
+                    )
+                except openai.APIStatusError as error:
+                    reply = error.response
+                    said = redact(reply.text, self._secrets()).encode()
+                    return HttpReply(reply.status_code, reply.headers, said)
+                return HttpReply(reply.status_code, reply.headers, reply.content)
+
+        async with transport:
+            client = self._made(openai.AsyncOpenAI, http_client=transport)
+            yield ask
+
+    def read_reply(self, endpoint: str, status: int, body: bytes) -> Reply:
+        """One reply of an endpoint as a row."""
+        del endpoint
+        return chat.read_reply(status, body)
+
     def _client(self) -> openai.OpenAI:
         return self._clients.get()
 
     def _connect(self) -> openai.OpenAI:
+        _require_sdk()
+        import openai
+
+        return self._made(openai.OpenAI)
+
+    def _made(self, kind: Callable[..., C], **options: Any) -> C:
+        import openai
+
         try:
-            import openai
-        except ImportError as error:
-            raise ImportError(
-                "OpenAI models need the openai SDK.\n\nHint: pip install 'polars-llm-batch[openai]'"
-            ) from error
-        try:
-            return openai.OpenAI(api_key=self._api_key, base_url=self._address, max_retries=0)
+            return kind(api_key=self._key(), base_url=self._address, max_retries=0, **options)
         except openai.OpenAIError as error:
             raise AccountError(
                 "No API key for OpenAI.",
                 provider=self.provider,
                 hint="set OPENAI_API_KEY, or pass pllm.OpenAI(NAME, api_key=...). Nothing was sent.",
             ) from error
+
+    def _key(self) -> str | None:
+        # The SDK insists on a key, also where the server does not look at it.
+        if self._api_key or self._host.needs_key or os.environ.get("OPENAI_API_KEY"):
+            return self._api_key
+        return "unused"
 
     @contextlib.contextmanager
     def _errors(self) -> Iterator[None]:
@@ -310,6 +368,15 @@ class OpenAIBatch:
 
     def _secrets(self) -> tuple[str | None, ...]:
         return (self._api_key, os.environ.get("OPENAI_API_KEY"))
+
+
+def _require_sdk() -> None:
+    try:
+        import openai  # noqa: F401
+    except ImportError as error:
+        raise ImportError(
+            "OpenAI models need the openai SDK.\n\nHint: pip install 'polars-llm-batch[openai]'"
+        ) from error
 
 
 def _status(batch: Batch) -> BatchStatus:

@@ -21,7 +21,7 @@ from polars_llm.store import Store
 __all__ = ["FULL", "STATUS", "Failures", "column", "full", "warn"]
 
 # Failures of which nobody knows whether they were answered, and therefore paid for.
-_MAY_BE_BILLED = frozenset({"missing_result", "results_gone"})
+_MAY_BE_BILLED = frozenset({"connection_lost", "missing_result", "results_gone", "unreadable_reply"})
 
 STATUS = pl.Enum(["done", "pending", "failed"])
 

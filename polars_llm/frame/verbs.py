@@ -8,6 +8,7 @@ rows. How it lives in a plan is the business of `nodes`.
 from __future__ import annotations
 
 import dataclasses
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias, TypedDict, Unpack, cast, get_args
@@ -17,7 +18,7 @@ import polars as pl
 from polars_llm.backends.base import BatchBackend, LiveBackend, Options, is_batch
 from polars_llm.backends.hosts import is_loopback
 from polars_llm.config import OnError, OnPending, settings, usd
-from polars_llm.errors import InvalidRequest
+from polars_llm.errors import InvalidRequest, UnansweredInput
 from polars_llm.forks import refuse_hanging
 from polars_llm.frame.column import Failures, column, full, warn
 from polars_llm.frame.labels import FIELD, Labels, LabelsLike
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
     from polars._typing import IntoExpr
 
 __all__ = [
+    "AskMode",
     "CommonOptions",
     "GenerateOptions",
     "Output",
@@ -48,6 +50,7 @@ __all__ = [
 ]
 
 Output: TypeAlias = Literal["value", "full"]
+AskMode: TypeAlias = Literal["batch", "realtime"]
 
 # Inputs of a verb as columns of their own, whatever the user's frame calls them.
 PROMPT, SYSTEM, SAMPLE, RETRY = "__pllm_prompt", "__pllm_system", "__pllm_sample", "__pllm_retry"
@@ -73,6 +76,8 @@ class CommonOptions(TypedDict, total=False):
     retry_failed: bool
     max_cost: float | None
     retries_on_invalid: int
+    mode: AskMode
+    max_concurrency: int | None
 
 
 class GenerateOptions(CommonOptions, total=False):
@@ -207,8 +212,11 @@ def bring(wanted: Sequence[Wanted]) -> Pending:
     ------
     JobsPending
         ``on_pending="raise"`` and not everything is there.
+    UnansweredInput
+        It takes long (realtime), and this is a thread of Polars'.
     """
     verb = wanted[0][0]
+    _refuse_on_polars_thread(wanted)
     warn_of_unknown_prices([v for v, _ in wanted if v.output == "full"])
     pending = evaluate(needs(wanted), verb.store, verb.policy)
     while again := [
@@ -244,6 +252,19 @@ def warn_of_unknown_prices(verbs: Sequence[Verb]) -> None:
                 f"The price of {backend.provider}/{model} is not known: its costs are null.\n\n"
                 f"Hint: pass it, for example prices=pllm.Prices(input=1, output=5) of the model object."
             )
+
+
+def _refuse_on_polars_thread(wanted: Sequence[Wanted]) -> None:
+    # A thread that Python did not start is one of Polars' workers: waiting there may block the query
+    # for ever, and Ctrl+C does not reach it.
+    live = [requests for verb, requests in wanted if not is_batch(verb.backend)]
+    if live and isinstance(threading.current_thread(), threading._DummyThread):
+        missing = sum(requests.height for requests in live)
+        raise UnansweredInput(
+            f"{missing:,} requests have no answer yet, and they cannot be asked from inside this query.",
+            hint="lf.llm.collect() asks them, or call the verb on the frame: lf.llm.generate(...)."
+            " Nothing was sent.",
+        )
 
 
 def needs(wanted: Sequence[Wanted]) -> list[Need]:
@@ -367,12 +388,15 @@ def generate(
     retry_failed: bool = False,
     max_cost: float | None = None,
     retries_on_invalid: int = 0,
+    mode: AskMode = "batch",
+    max_concurrency: int | None = None,
 ) -> Verb:
     """Resolve a call of generate; the namespaces' docstrings say what each argument means."""
     refuse_hanging()
     chosen = settings(on_pending=on_pending, on_error=on_error)
     _check_arguments(name=name, output=output, system=system, sample=sample, max_tokens=max_tokens)
     typed = _typed(schema, retries_on_invalid)
+    _check_mode(mode, max_concurrency)
     options = Options(
         max_tokens=max_tokens,
         temperature=temperature,
@@ -384,7 +408,7 @@ def generate(
         schema=typed.schema.json if typed else None,
     )
     chosen_model = resolve(model or chosen.model)
-    backend = chosen_model.backend()
+    backend = chosen_model.backend(mode, max_concurrency=max_concurrency)
     return Verb(
         model=chosen_model,
         backend=backend,
@@ -437,6 +461,19 @@ def _typed(schema: Any, retries: int) -> Typed | None:
     if schema is None:
         return None
     return Typed(schema if isinstance(schema, Schema) else freeze(schema), retries)
+
+
+def _check_mode(mode: str, max_concurrency: int | None) -> None:
+    wrong = None
+    if mode not in get_args(AskMode):
+        wrong = f"mode is {mode!r}; it takes 'batch' or 'realtime'"
+    elif max_concurrency is not None:
+        if isinstance(max_concurrency, bool) or not isinstance(max_concurrency, int) or max_concurrency < 1:
+            wrong = f"max_concurrency is {max_concurrency!r}; it is a whole number from 1 up"
+        elif mode == "batch":
+            wrong = "max_concurrency is for mode='realtime'; a batch takes as many as the provider likes"
+    if wrong:
+        raise InvalidRequest(wrong, hint="see help(pl.DataFrame.llm.generate). Nothing was sent.")
 
 
 def _check_arguments(

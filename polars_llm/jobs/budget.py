@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from datetime import datetime
 
+import msgspec
 import polars as pl
 
 from polars_llm.backends.base import BatchBackend, LiveBackend, is_batch
@@ -40,7 +41,10 @@ def sizes(backend: BatchBackend | LiveBackend, requests: Requests) -> pl.Series:
     if is_batch(backend):
         return pl.Series([len(line) for line in backend.render(requests)], dtype=pl.Int64)
     text = pl.col("prompt").str.len_bytes() + pl.col("system").str.len_bytes().fill_null(0)
-    return requests.frame.select(text.cast(pl.Int64) + _ENVELOPE).to_series()
+    # A schema is in the body, and is read with every request.
+    header = requests.header
+    around = _ENVELOPE + len(msgspec.json.encode(header.body)) + len((header.schema or "").encode())
+    return requests.frame.select(text.cast(pl.Int64) + around).to_series()
 
 
 def bound(

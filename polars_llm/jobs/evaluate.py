@@ -80,7 +80,8 @@ class Pending:
         done = sum(min(job.requests, job.done + job.failed) for job in self.jobs)
         total = sum(job.requests for job in self.jobs)
         count = len(self.jobs)
-        batches = "1 batch job" if count == 1 else f"{count} batch jobs"
+        kind = "batch job" if all(job.mode == "batch" for job in self.jobs) else "job"
+        batches = f"1 {kind}" if count == 1 else f"{count} {kind}s"
         said = f"{self.sent:,} requests sent now, " if self.sent else ""
         stuck = [j for j in self.jobs if j.reason]
         why = f" ({stuck[0].id} is {stuck[0].state}: {stuck[0].reason})" if stuck else ""
@@ -231,7 +232,8 @@ def advance(job: Job, backend: BatchBackend | LiveBackend | None, store: Store, 
     """Move one open job as far as it gets without waiting; None reaches no provider, only this machine."""
     if job.owner is not None and store.directory.is_alive(job.owner):
         return  # its submitter is at work
-    if backend is not None and (job.provider, job.base_url) != (backend.provider, backend.base_url):
+    elsewhere = backend is not None and (job.provider, job.base_url) != (backend.provider, backend.base_url)
+    if elsewhere and job.state not in {State.PLANNED, State.UPLOADED, State.RUNNING}:
         return  # sent through another host; only that one knows it
     with store.directory.try_lock(job.id) as ours:
         if not ours:

@@ -2,7 +2,7 @@
 
 The same claim as for batches keeps others from asking the same; it lives as long as this process. Each
 block of replies is durable before the next is asked for, so that an interrupted run goes on where it
-stopped, and at most what was in flight is paid for twice.
+stopped, and at most what was in flight, or came in the last second, is paid for twice.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Generator, Sequence
 
 import polars as pl
 
@@ -27,8 +27,10 @@ from polars_llm.store import Store
 
 __all__ = ["run_live"]
 
-# Seconds between two notes in the ledger of how far a run is: each is a durable write.
+# Seconds between two notes in the ledger of how far a run is (each is a durable write), and between two
+# looks at whether its many small segments should be merged.
 _NOTE_EVERY = 5.0
+_COMPACT_EVERY = 60.0
 
 
 def run_live(backend: LiveBackend, missing: Sequence[Requests], store: Store, policy: Policy) -> int:
@@ -43,16 +45,15 @@ def run_live(backend: LiveBackend, missing: Sequence[Requests], store: Store, po
     """
     asked = 0
     wanted = list(missing)
-    while wanted:
+    while any(r.height for r in wanted):
         with store.directory.submitter() as owner:
-            drafted = claim(
+            jobs, claimed = claim(
                 wanted, lambda w: one_run(backend, w, store, owner, limited=policy.limited), store, policy
             )
-            jobs, claimed = drafted
             if not jobs:
-                return asked
+                break
             failed = _run(jobs[0], backend, claimed, store)
-        asked += sum(r.height for r in claimed)
+        asked = asked or jobs[0].requests
         wanted = _again(claimed, failed, policy)
     return asked
 
@@ -68,15 +69,46 @@ def _run(job: Job, backend: LiveBackend, requests: Sequence[Requests], store: St
             Progress(job.requests, "LLM answers") as bar,
             contextlib.closing(backend.run(requests)) as blocks,
         ):
-            for replies in blocks:
-                run.take(replies)
-                bar.update(run.done + run.failed)
+            _take_all(run, blocks, bar)
     except CallFailed as error:
-        raise error.public(f"asking {job.requests:,} requests") from error
+        mend = "check the API key, the address, the billing and the model's name; then run"
+        kept = f"the {run.done:,} answers that came are kept" if run.done else "nothing was answered yet"
+        raise error.public(
+            f"asking {job.requests:,} requests",
+            hint=f"{mend if error.verdict.account else 'later run'} the same line again: {kept}, and only"
+            " what has no answer is asked.",
+        ) from error
     finally:
         run.end()
+    store.results.compact()
     blame_account(run.refused, backend)
     return run.retry
+
+
+def _take_all(run: _Run, blocks: Generator[pl.DataFrame, None, None], bar: Progress) -> None:
+    replies = pl.DataFrame()
+    try:
+        for replies in blocks:
+            run.take(replies)
+            bar.update(run.done + run.failed, run.backend.note)
+    except KeyboardInterrupt as stop:
+        # What was in hand, and what had come by then, is paid for. Keeping an answer twice is harmless.
+        _in_peace(lambda: run.take(replies))
+        with contextlib.suppress(KeyboardInterrupt, StopIteration):
+            last = blocks.throw(stop)
+            _in_peace(lambda: run.take(last))
+        stop.add_note(
+            f"polars_llm: stopped; {run.done:,} answers of {run.job.requests:,} are kept. Run the same line"
+            " again to go on: only what was in flight may be paid for a second time."
+        )
+        raise
+
+
+def _in_peace(keep_block: Callable[[], None]) -> None:
+    try:
+        keep_block()
+    except KeyboardInterrupt:  # one Ctrl+C comes twice where Polars was at work: it has seen it as well
+        keep_block()
 
 
 @dataclasses.dataclass(slots=True)
@@ -90,23 +122,34 @@ class _Run:
     done: int = 0
     failed: int = 0
     noted: float = dataclasses.field(default_factory=time.monotonic)
+    tidied: float = dataclasses.field(default_factory=time.monotonic)
     retry: pl.DataFrame = dataclasses.field(default_factory=lambda: pl.DataFrame(schema={"key": pl.Binary}))
     refused: pl.DataFrame = dataclasses.field(default_factory=pl.DataFrame)
 
     def take(self, replies: pl.DataFrame) -> None:
         """Make a block durable."""
+        if replies.is_empty():
+            return
         answers = self.waiting.join(replies, on="key", how="inner").unique("key", maintain_order=True)
-        self.waiting = self.waiting.join(answers, on="key", how="anti")
         refused = pl.col("state") == ACCOUNT
-        self.refused = pl.concat([self.refused, answers.filter(refused)], how="diagonal")
         keep(answers.filter(~refused), self.job, self.backend, self.store)
+        self.waiting = self.waiting.join(answers, on="key", how="anti", maintain_order="left")
+        if not answers.filter(refused).is_empty():
+            self.refused = pl.concat([self.refused, answers.filter(refused)], how="diagonal")
         self.retry = pl.concat([self.retry, answers.filter(pl.col("state") == RETRY).select("key")])
         failed = answers.filter(pl.col("state") >= FAILED).height
         self.failed += failed
         self.done += answers.height - failed
-        if time.monotonic() - self.noted > _NOTE_EVERY:
-            self.noted = time.monotonic()
+        self._note()
+
+    def _note(self) -> None:
+        now = time.monotonic()
+        if now - self.noted > _NOTE_EVERY:
+            self.noted = now
             self.job = self.store.ledger.move(self.job, State.RUNNING, done=self.done, failed=self.failed)
+        if now - self.tidied > _COMPACT_EVERY:  # a block a second makes many small files
+            self.tidied = now
+            self.store.results.compact()
 
     def end(self) -> None:
         """Close the job, whatever happened; what was not answered is free again."""
@@ -117,7 +160,6 @@ class _Run:
         else:
             job = self.store.ledger.move(self.job, State.RUNNING, **facts)
             release(job, self.store, reason=f"it stopped with {self.waiting.height:,} requests unanswered")
-        self.store.results.compact()  # a block a second makes many small files
 
 
 def _again(requests: Sequence[Requests], failed: pl.DataFrame, policy: Policy) -> list[Requests]:

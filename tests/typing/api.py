@@ -22,7 +22,9 @@ lazily: pl.LazyFrame = LLMLazyFrame(df.lazy()).classify(
 labels: pl.Expr = LLMExpr(pl.col("prompt")).classify(pl.Enum(["spam", "ham"]), output="full")
 column: pl.Series = LLMSeries(df["prompt"]).classify(("spam", "ham"), on_error="raise")
 
-model = pllm.OpenAI("gpt-6-luna", base_url="https://host.example/v1", api_key="k")
+live: pl.Series = LLMSeries(df["prompt"]).generate(mode="realtime", max_concurrency=8)
+
+model = pllm.OpenAI("gpt-6-luna", base_url="https://host.example/v1", api_key="k", host="vllm")
 with pllm.Config(model=model, poll_interval=5.0, on_pending="null", on_error="raise"):
     pass
 
