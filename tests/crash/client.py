@@ -43,6 +43,8 @@ class Order(msgspec.Struct, frozen=True, kw_only=True):
         ``generate``, or what an operator does: ``watch``, ``recover``.
     cache, model, prompts, on_pending
         Where and what to evaluate.
+    mode
+        ``batch`` or ``realtime``.
     per_batch
         Requests that a batch takes.
     die_at
@@ -56,6 +58,7 @@ class Order(msgspec.Struct, frozen=True, kw_only=True):
     model: str
     prompts: list[str]
     on_pending: Literal["raise", "wait"] = "wait"
+    mode: Literal["batch", "realtime"] = "batch"
     per_batch: int = 1_000
     die_at: tuple[str, str, int, Side] | None = None
     die_after: float | None = None
@@ -123,7 +126,8 @@ def _do(order: Order) -> list[str | None] | None:
         pllm.recover(order.model.partition("/")[0])
     else:
         frame = pl.DataFrame({"prompt": order.prompts})
-        out = frame.llm.generate("prompt", model=order.model, on_pending=order.on_pending)
+        options = {"model": order.model, "mode": order.mode, "on_pending": order.on_pending}
+        out = frame.llm.generate("prompt", **options)
         if order.on_pending == "wait":
             # A job whose answers are stored, but which is not closed, is nobody's need any more.
             operate.watch()
