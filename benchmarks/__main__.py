@@ -6,7 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-_SCRIPTS = ("bench_import.py", "bench_warm.py", "bench_cold.py")
+_SCRIPTS = ("bench_import.py", "bench_warm.py", "bench_cold.py", "bench_realtime.py")
 
 
 def main() -> int:
