@@ -80,6 +80,8 @@ def _results(chosen: argparse.Namespace) -> int:
         answers.sink_parquet(chosen.output)
         print(chosen.output)
         return 0
+    if not chosen.json:
+        answers = answers.drop("vector")  # a thousand numbers are no cell of a table
     _show(answers.head(chosen.limit).collect(), chosen.json)
     return 0
 

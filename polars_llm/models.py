@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import functools
 import os
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeAlias, overload
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self, TypeAlias, overload
 
-from polars_llm.backends import messages
+from polars_llm.backends import chat, embeddings, messages, responses
 from polars_llm.backends.base import BatchBackend, LiveBackend
 from polars_llm.backends.hosts import ANTHROPIC, Host, host_of, normalise_base_url
 from polars_llm.errors import InvalidRequest, ModelNotChosen
@@ -77,6 +78,11 @@ class _Hosted:
         """What the host can do."""
         raise NotImplementedError
 
+    @property
+    def _path(self) -> str:
+        """The endpoint that is asked."""
+        raise NotImplementedError
+
     def _client(self) -> OpenAIBatch | AnthropicBatch:
         raise NotImplementedError
 
@@ -99,13 +105,16 @@ class _Hosted:
             At call: ``mode="batch"``, and the host has no batches.
         """
         if mode == "batch":
-            self._kind.check_batch()
+            self._kind.check_batch(self._path)
             return self._client()
         from polars_llm.backends.realtime import Realtime
 
         client = self._client()
-        batch = client if self._kind.batch_endpoints else None
+        batch = client if self._path in self._kind.batch_endpoints else None
         return Realtime(client, batch=batch, max_concurrency=max_concurrency)
+
+
+_ENDPOINTS = {"chat": chat.ENDPOINT, "responses": responses.ENDPOINT, "embeddings": embeddings.ENDPOINT}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, init=False)
@@ -129,11 +138,17 @@ class OpenAI(_Hosted):
     host
         What kind of server answers there, where its address does not tell: ``"vllm"``, ``"sglang"``,
         ``"tgi"``, ``"ollama"``, ``"azure"`` and so on (docs/hosts.md). Not part of the key.
+    endpoint
+        ``"chat"``: Chat Completions, which every compatible host has. ``"responses"``: the Responses
+        API, with ``store: false``. Part of the key.
+    vector_length
+        How long the model's embeddings are, for `embed` without ``dimensions=`` where the library does
+        not know it. Not part of the key.
 
     Raises
     ------
     InvalidRequest
-        At call: an empty name, a `base_url` that is not an http address, an unknown `host`.
+        At call: an empty name, a `base_url` that is not an http address, an unknown `host` or `endpoint`.
 
     Examples
     --------
@@ -143,6 +158,8 @@ class OpenAI(_Hosted):
     """
 
     host: str | None = None
+    endpoint: str = "chat"
+    vector_length: int | None = dataclasses.field(default=None, repr=False, compare=False)
 
     _own: ClassVar[str] = "https://api.openai.com/v1"
     _base_url_variable: ClassVar[str] = "OPENAI_BASE_URL"
@@ -156,19 +173,43 @@ class OpenAI(_Hosted):
         cache_as: str | None = None,
         prices: Prices | None = None,
         host: str | None = None,
+        endpoint: Literal["chat", "responses"] = "chat",
+        vector_length: int | None = None,
     ) -> None:
         self._set(name, base_url, api_key, cache_as, prices)
         host_of(None, host)
         object.__setattr__(self, "host", host)
+        if endpoint not in ("chat", "responses"):
+            raise InvalidRequest(
+                f"endpoint is {endpoint!r}; it takes 'chat' or 'responses'",
+                hint="for embeddings call .llm.embed. Nothing was sent.",
+            )
+        object.__setattr__(self, "endpoint", endpoint)
+        object.__setattr__(self, "vector_length", vector_length)
 
     def __repr__(self) -> str:
-        facts = {"base_url": normalise_base_url(self.base_url, own=self._own), "host": self.host}
+        facts = {
+            "base_url": normalise_base_url(self.base_url, own=self._own),
+            "host": self.host,
+            "endpoint": self.endpoint if self.endpoint != "chat" else None,
+        }
         said = "".join(f", {field}={value!r}" for field, value in facts.items() if value)
         return f"OpenAI({self.name!r}{said})"
+
+    def embedding(self, dimensions: int | None) -> tuple[Self, int | None, int]:
+        """The same model at the embeddings endpoint, what to ask for there, and the vectors' length."""
+        sent, length = embeddings.lengths(self.name, dimensions, self.vector_length)
+        asked = copy.copy(self)
+        object.__setattr__(asked, "endpoint", "embeddings")
+        return asked, sent, length
 
     @property
     def _kind(self) -> Host:
         return host_of(normalise_base_url(self._address, own=self._own), self.host)
+
+    @property
+    def _path(self) -> str:
+        return _ENDPOINTS[self.endpoint]
 
     def _client(self) -> OpenAIBatch:
         from polars_llm.backends.openai import OpenAIBatch
@@ -181,6 +222,7 @@ class OpenAI(_Hosted):
             key_url=self._key_url,
             api_key=self.api_key,
             host=self._kind,
+            endpoint=self._path,
         )
         made.prices = self.prices
         return made
@@ -259,9 +301,20 @@ class Anthropic(_Hosted):
         said = "".join(f", {field}={value!r}" for field, value in facts.items() if value)
         return f"Anthropic({self.name!r}{said})"
 
+    def embedding(self, dimensions: int | None) -> tuple[Self, int | None, int]:
+        """Anthropic has no embeddings: always raises InvalidRequest."""
+        raise InvalidRequest(
+            "Anthropic has no embeddings",
+            hint="for example model='openai/text-embedding-3-small'. Nothing was sent.",
+        )
+
     @property
     def _kind(self) -> Host:
         return ANTHROPIC
+
+    @property
+    def _path(self) -> str:
+        return messages.ENDPOINT
 
     def _client(self) -> AnthropicBatch:
         from polars_llm.backends.anthropic import AnthropicBatch

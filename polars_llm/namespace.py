@@ -11,8 +11,10 @@ import polars as pl
 
 from polars_llm.config import OnPending
 from polars_llm.errors import LLMWarning
-from polars_llm.frame import engine, nodes, verbs
-from polars_llm.frame.estimate import CountTokens
+from polars_llm.frame import embeddings, engine, nodes, verbs
+from polars_llm.frame.embeddings import EmbedOptions
+from polars_llm.frame.estimate import CountTokens, resolve_verb
+from polars_llm.frame.inputs import PROMPT
 from polars_llm.frame.labels import LabelsLike
 from polars_llm.frame.verbs import CommonOptions, GenerateOptions
 
@@ -38,7 +40,14 @@ _VERB = """{task} {gives}.
             ``pllm.Config(model=...)``, then the environment variable ``POLARS_LLM_MODEL``.
         system
             System prompt: text, or an expression for one per row (null: none for that row). A string
-            is literal text, never a column's name.
+            is literal text, never a column's name. Beside a conversation with system messages of its
+            own it comes before them.
+        images
+            Images of each row: the name of a column, an expression or a Series of Binary (the bytes), of
+            String (a path, an http(s) address or a data URL), or a List of either. Null is none. PNG,
+            JPEG, GIF and WebP, known by their first bytes. They belong to the prompt, or to the last
+            message from the user. Files are read to compute keys, and again when they are sent; an
+            address is not read: its text counts as the image.
         name
             Name of the column.
         output
@@ -89,7 +98,7 @@ _VERB = """{task} {gives}.
         ------
         ModelNotChosen, InvalidRequest
             At call: no model, an argument that cannot be sent, {refused}. {late}: a column that is
-            not text.
+            not text, a conversation or an image that cannot be sent (the message names the row).
         JobsPending
             {late}, with ``on_pending="raise"``, while answers are missing.
         RequestsFailed
@@ -115,7 +124,10 @@ _PUSHDOWN = """
 _EAGER = "The first call submits it and raises `JobsPending`; a later call returns the answers."
 _LAZY = "The first collect submits it and raises `JobsPending`; a later one returns the answers."
 _TEXT = "A column's name, or an expression of texts."
-_COLUMN = "A column's name, or an expression such as ``pl.format('Summarise: {}', 'text')``."
+_TALK = """A row is text, or a whole conversation: a List or Array of
+            structs of role and content; roles are system, developer, user and assistant."""
+_COLUMN = f"""A column's name, or an expression such as ``pl.format('Summarise: {{}}', 'text')``.
+            {_TALK}"""
 
 
 _GENERATE = {
@@ -142,15 +154,68 @@ _CLASSIFY = {
     "fits": "any label",
     "refused": "no labels, blank ones, or labels that collide when case is folded",
 }
+_EMBED = {
+    "page": """Turn texts into vectors, one a row; they come back as {gives}.
+
+        The distinct texts that have no vector yet become one offline batch job, at half price.
+        {when} Evaluating the same again resumes, and nothing is sent or paid twice.
+
+        Parameters
+        ----------
+        text
+            {prompt}{own}
+        model
+            For example ``"openai/text-embedding-3-small"``, or a model object. Default:
+            ``pllm.Config(model=...)``, then the environment variable ``POLARS_LLM_MODEL``.
+        dimensions
+            How many numbers a vector has. Default: as many as the model's own have. The host is asked
+            for shorter ones where it is fewer. A model that the library does not know needs it, or
+            ``pllm.OpenAI(NAME, vector_length=...)``.
+        name
+            Name of the column.
+        output
+            ``"value"`` gives an Array(Float32, dimensions) column. ``"full"`` gives a Struct as
+            `generate` does.
+        on_pending, on_error, retry_failed, max_cost, mode, max_concurrency
+            As for `generate`.
+        params
+            Any other field of the request body.
+
+        Returns
+        -------
+        {returns}
+            {what} Null texts give null, unsent and unpaid; order and height never change. The numbers
+            are the bits of the provider's own Float32.
+
+        Raises
+        ------
+        ModelNotChosen, InvalidRequest
+            At call: no model, a provider without embeddings, a length that is not known or not to be
+            had. {late}: a column that is not text.
+        JobsPending
+            {late}, with ``on_pending="raise"``, while vectors are missing.
+        RequestsFailed
+            {late}, with ``on_error="raise"``, if a request failed for good.
+        ProviderError, CacheError
+            {late}: the provider said no, or the cache directory cannot be used. The message says what
+            happened to the money.
+
+        Notes
+        -----
+        Costs: the input tokens of each distinct text that has no vector yet, at the provider's batch
+        price. Nothing for nulls, duplicates, cached vectors and failed requests.
+"""
+}
 
 
 def _documented(verb: Mapping[str, str] = _GENERATE, **words: str) -> Callable[[F], F]:
     """Give a method the verb's docstring, and the signature that it passes on."""
 
     def dress(method: F) -> F:
-        method.__doc__ = _VERB.format_map(_Literal({"own": "", **verb, **words}))
+        method.__doc__ = verb.get("page", _VERB).format_map(_Literal({"own": "", **verb, **words}))
         own = inspect.signature(method)
-        passed = inspect.signature(verbs.generate).parameters.values()
+        resolves = embeddings.embed if verb is _EMBED else verbs.generate
+        passed = inspect.signature(resolves).parameters.values()
         options = [p for p in passed if p.kind is p.KEYWORD_ONLY]
         if verb is _CLASSIFY:
             options = [p.replace(default="label") if p.name == "name" else p for p in options]
@@ -183,7 +248,8 @@ _ESTIMATE = """What a verb would send and cost. Nothing is sent.
             of what is to be sent ``input_tokens`` (an estimate), ``input_tokens_method``,
             ``output_tokens_max`` (null without `max_tokens`), ``cost_usd`` (answers as long as those in the
             cache, else as long as they may get) and ``cost_usd_max`` (a bound that holds: no more tokens
-            than bytes). USD, at the price of the mode; null where it is not known, never 0.
+            than bytes; null where there are images). USD, at the price of the mode; null where it is not
+            known, never 0.
 
         Raises
         ------
@@ -227,6 +293,18 @@ class LLMDataFrame:
     def generate(self, prompt: IntoExpr, **options: Unpack[GenerateOptions]) -> pl.DataFrame:
         return nodes.on_frame(self._frame, verbs.generate(prompt, **options))
 
+    @_documented(
+        _EMBED,
+        gives="a column",
+        when=_EAGER,
+        prompt="A column's name, or an expression of text.",
+        returns="DataFrame",
+        what="The frame with the column `name`.",
+        late="At call",
+    )
+    def embed(self, text: IntoExpr, **options: Unpack[EmbedOptions]) -> pl.DataFrame:
+        return nodes.on_frame(self._frame, embeddings.embed(text, **options))
+
     @_estimated(late="At call")
     def estimate(
         self,
@@ -236,7 +314,7 @@ class LLMDataFrame:
         count_tokens: CountTokens | None = None,
         **options: Any,
     ) -> pl.DataFrame:
-        resolved = verbs.resolve_verb(verb)(prompt, *arguments, **options)
+        resolved = resolve_verb(verb)(prompt, *arguments, **options)
         return nodes.estimated(self._frame.lazy(), resolved, count_tokens)
 
     @_documented(
@@ -269,6 +347,18 @@ class LLMLazyFrame:
     def generate(self, prompt: IntoExpr, **options: Unpack[GenerateOptions]) -> pl.LazyFrame:
         return nodes.lazily(self._frame, verbs.generate(prompt, **options))
 
+    @_documented(
+        _EMBED,
+        gives="a column",
+        when=_LAZY,
+        prompt="A column's name, or an expression of text.",
+        returns="LazyFrame",
+        what="The lazy frame with the column `name`. Building and explaining it sends nothing.",
+        late="At collect",
+    )
+    def embed(self, text: IntoExpr, **options: Unpack[EmbedOptions]) -> pl.LazyFrame:
+        return nodes.lazily(self._frame, embeddings.embed(text, **options))
+
     @_estimated(late="At call; the plan runs once")
     def estimate(
         self,
@@ -278,7 +368,7 @@ class LLMLazyFrame:
         count_tokens: CountTokens | None = None,
         **options: Any,
     ) -> pl.DataFrame:
-        resolved = verbs.resolve_verb(verb)(prompt, *arguments, **options)
+        resolved = resolve_verb(verb)(prompt, *arguments, **options)
         return nodes.estimated(self._frame, resolved, count_tokens)
 
     @_documented(
@@ -363,7 +453,7 @@ class LLMExpr:
     @_documented(
         gives="an expression",
         when=_LAZY,
-        prompt="The expression itself.",
+        prompt=f"The expression itself. {_TALK}",
         own=_PUSHDOWN,
         returns="Expr",
         what="The answers, named `name`; the whole column is asked at once.",
@@ -389,6 +479,20 @@ class LLMExpr:
         verb = verbs.classify(self._expr, labels, **options)
         return nodes.expression(verb, pushdown=engine.is_active() if pushdown is None else pushdown)
 
+    @_documented(
+        _EMBED,
+        gives="an expression",
+        when=_LAZY,
+        prompt="The expression itself.",
+        own=_PUSHDOWN,
+        returns="Expr",
+        what="The vectors, named `name`; the whole column is asked at once.",
+        late="When evaluated",
+    )
+    def embed(self, *, pushdown: bool | None = None, **options: Unpack[EmbedOptions]) -> pl.Expr:
+        verb = embeddings.embed(self._expr, **options)
+        return nodes.expression(verb, pushdown=engine.is_active() if pushdown is None else pushdown)
+
 
 class LLMSeries:
     """LLM verbs on a Series of prompts: each is a Series of answers."""
@@ -399,13 +503,25 @@ class LLMSeries:
     @_documented(
         gives="a Series",
         when=_EAGER,
-        prompt="The series itself.",
+        prompt=f"The series itself. {_TALK}",
         returns="Series",
         what="The answers, named `name`.",
         late="At call",
     )
     def generate(self, **options: Unpack[GenerateOptions]) -> pl.Series:
-        return nodes.on_series(self._series, verbs.generate(pl.col(verbs.PROMPT), **options))
+        return nodes.on_series(self._series, verbs.generate(pl.col(PROMPT), **options))
+
+    @_documented(
+        _EMBED,
+        gives="a Series",
+        when=_EAGER,
+        prompt="The series itself.",
+        returns="Series",
+        what="The vectors, named `name`.",
+        late="At call",
+    )
+    def embed(self, **options: Unpack[EmbedOptions]) -> pl.Series:
+        return nodes.on_series(self._series, embeddings.embed(pl.col(PROMPT), **options))
 
     @_documented(
         _CLASSIFY,
@@ -417,7 +533,7 @@ class LLMSeries:
         late="At call",
     )
     def classify(self, labels: LabelsLike, **options: Unpack[CommonOptions]) -> pl.Series:
-        return nodes.on_series(self._series, verbs.classify(pl.col(verbs.PROMPT), labels, **options))
+        return nodes.on_series(self._series, verbs.classify(pl.col(PROMPT), labels, **options))
 
 
 _REGISTER: tuple[tuple[type, Callable[[str], Callable[[type], type]], type], ...] = (

@@ -109,13 +109,13 @@ def results(*, body: bool = False) -> pl.LazyFrame:
     LazyFrame
         key (the custom_id), status (done, failed, retry), text, error, error_message, finish_reason,
         input_tokens, cached_input_tokens, output_tokens, cost_usd, provider, model, job_id,
-        received_at (UTC), and body if asked for. Prompts are not kept: join on the key that
-        ``output="full"`` gives.
+        received_at (UTC), vector (of an embedding), and body if asked for. Prompts are not kept: join
+        on the key that ``output="full"`` gives.
     """
     status = pl.col("state").replace_strict(
         {DONE: "done", FAILED: "failed"}, default="retry", return_dtype=pl.String
     )
-    left_out = {"key", "state", "attempt", "vector", "body"}
+    left_out = {"key", "state", "attempt", "body"}
     shown = [name for name in ANSWER_SCHEMA if name not in left_out] + (["body"] if body else [])
     return (
         _store().results.scan().select(custom_ids(pl.col("key")).alias("key"), status.alias("status"), *shown)

@@ -12,6 +12,7 @@ as 20 decimal digits, an absent system or attachment as 64 zeros (an empty syste
 A header has its schema only if it has one. A request that is made because the answer to another did not fit
 their schema has the key `retry` of that other's.
 Text is hashed as its UTF-8 bytes, with no Unicode normalisation: the model sees the difference.
+What the digest of attachments is made of: `polars_llm.images`.
 
 `tests/test_request.py` freezes v1 with golden vectors. A key that changes costs users money.
 """
@@ -35,7 +36,9 @@ __all__ = [
     "Json",
     "RequestHeader",
     "Requests",
+    "blake3",
     "canonical",
+    "conversation",
     "custom_id",
     "custom_ids",
     "key_from_custom_id",
@@ -50,6 +53,7 @@ CUSTOM_ID_PREFIX = "pllm1-"
 """Marks a request as ours and versions the format; 43 base64url characters of the key follow."""
 
 _ABSENT = "0" * 64
+_encode = msgspec.json.Encoder().encode
 _CUSTOM_ID_LENGTH = len(CUSTOM_ID_PREFIX) + 43
 
 
@@ -164,7 +168,8 @@ class Requests:
         One row a request: ``key`` Binary (32 bytes), ``attempt`` UInt16 (1 for the first),
         ``prompt`` String (or, where `kind` is ``"m"``, the messages as canonical JSON), ``kind``
         String, ``system`` String or null, ``sample`` Int64 (what a set seed is raised by). With a schema
-        also ``retry`` Int64: how many answers to the same request did not fit.
+        also ``retry`` Int64: how many answers to the same request did not fit. Where rows may have
+        images: ``images`` and ``attachments`` (their digest), for `polars_llm.images.of_rows`.
     """
 
     header: RequestHeader
@@ -174,6 +179,11 @@ class Requests:
     def height(self) -> int:
         """Number of requests."""
         return self.frame.height
+
+    @property
+    def has_images(self) -> bool:
+        """True if any has; nobody here knows how many tokens an image is."""
+        return "attachments" in self.frame.columns and self.frame["attachments"].count() > 0
 
 
 def blake3(expr: pl.Expr) -> pl.Expr:
@@ -270,14 +280,34 @@ def key_from_custom_id(text: str) -> bytes | None:
     return key if custom_id(key) == text else None
 
 
-def plain_messages(messages: Sequence[Mapping[str, Any]]) -> tuple[str | None, str] | None:
-    """(system, prompt) if a conversation is no more than that: it is then the same request."""
-    rest = list(messages)
-    system: str | None = None
-    if len(rest) == 2 and rest[0].get("role") == "system":
-        system = rest.pop(0).get("content")
-        if not isinstance(system, str):
-            return None
-    if len(rest) == 1 and rest[0].get("role") == "user" and isinstance(rest[0]["content"], str):
-        return system, rest[0]["content"]
-    return None
+def conversation(
+    roles: Sequence[str], contents: Sequence[str], system: str | None = None
+) -> tuple[str, str | None, str]:
+    """A whole conversation in the one form that is hashed and sent.
+
+    A system prompt that is given comes before the conversation's own messages; where none is given, a
+    system message at the beginning is it. What is then no more than one message from the user is the
+    same request as that text.
+
+    Parameters
+    ----------
+    roles, contents
+        Of each message.
+    system
+        The row's system prompt beside the conversation.
+
+    Returns
+    -------
+    tuple
+        kind, system and prompt, as in the frame of `Requests`.
+    """
+    first = int(system is None and len(roles) > 1 and roles[0] == "system")
+    if first:
+        system = contents[0]
+    if len(roles) == first + 1 and roles[first] == "user":
+        return "t", system, contents[first]
+    messages = [
+        {"content": content, "role": role}
+        for role, content in zip(roles[first:], contents[first:], strict=True)
+    ]
+    return "m", system, _encode(messages).decode()

@@ -13,15 +13,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from polars_llm.errors import InvalidRequest
+from polars_llm.images import digests
 from polars_llm.request import (
     RequestHeader,
     canonical,
+    conversation,
     custom_id,
     custom_ids,
     key_from_custom_id,
     key_hex,
     key_prefix,
-    plain_messages,
     retry_key,
 )
 
@@ -43,7 +44,9 @@ def digest(text: str) -> str:
     return blake3.blake3(text.encode()).hexdigest()
 
 
-def oracle_key(header: RequestHeader, prompt: str, system: str | None = None, sample: int = 0) -> str:
+def oracle_key(
+    header: RequestHeader, prompt: str, system: str | None = None, sample: int = 0, kind: str = "t"
+) -> str:
     """The format of request.py's docstring, written a second time without Polars or msgspec."""
     facts: dict[str, Any] = {
         "base_url": header.base_url,
@@ -59,7 +62,7 @@ def oracle_key(header: RequestHeader, prompt: str, system: str | None = None, sa
     head = digest(
         "pllm/v1/request\n"
         + digest("pllm/v1/header\n" + text)
-        + "t"
+        + kind
         + ("0" * 64 if system is None else digest(system))
         + f"{sample:020d}"
         + "0" * 64
@@ -250,9 +253,72 @@ def test_lookup_prefix_is_the_first_sixteen_bytes(prompt: str) -> None:
     assert prefix == int.from_bytes(bytes.fromhex(frame["k"][0])[:16], "big")
 
 
-def test_a_plain_conversation_is_the_plain_request() -> None:
-    user = {"role": "user", "content": "hi"}
-    assert plain_messages([user]) == (None, "hi")
-    assert plain_messages([{"role": "system", "content": "s"}, user]) == ("s", "hi")
-    assert plain_messages([user, {"role": "assistant", "content": "x"}, user]) is None
-    assert plain_messages([]) is None
+def test_a_conversation_that_is_no_more_than_a_prompt_is_that_prompt() -> None:
+    assert conversation(["user"], ["hi"]) == ("t", None, "hi")
+    assert conversation(["system", "user"], ["s", "hi"]) == ("t", "s", "hi")
+    assert conversation(["user"], ["hi"], "s") == ("t", "s", "hi")
+    assert conversation(["system", "user"], ["", "hi"]) == ("t", "", "hi")
+
+
+def test_conversations_have_one_form() -> None:
+    kind, system, text = conversation(["user", "assistant", "user"], ["a", 'b"\n', "é\u2028"])
+    assert (kind, system) == ("m", None)
+    messages = [
+        {"role": "user", "content": "a"},
+        {"role": "assistant", "content": 'b"\n'},
+        {"role": "user", "content": "é\u2028"},
+    ]
+    assert text == json.dumps(messages, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+
+
+def test_a_system_prompt_beside_a_conversation_comes_before_its_own() -> None:
+    first = conversation(["system", "system", "user"], ["outer", "inner", "hi"])
+    assert first == conversation(["system", "user"], ["inner", "hi"], "outer")
+    assert first == ("m", "outer", '[{"content":"inner","role":"system"},{"content":"hi","role":"user"}]')
+    assert conversation(["system"], ["s"]) == ("m", None, '[{"content":"s","role":"system"}]')
+    assert conversation(["developer", "user"], ["d", "hi"])[:2] == ("m", None)
+
+
+TALK = st.lists(
+    st.tuples(st.sampled_from(["system", "developer", "user", "assistant"]), TEXT), min_size=1, max_size=5
+)
+
+
+def spoken(talk: list[tuple[str, str]], system: str | None) -> list[tuple[str, str]]:
+    return talk if system is None else [("system", system), *talk]
+
+
+@given(a=st.tuples(TALK, st.none() | TEXT), b=st.tuples(TALK, st.none() | TEXT))
+def test_conversations_are_equal_exactly_when_what_is_said_is(
+    a: tuple[list[tuple[str, str]], str | None], b: tuple[list[tuple[str, str]], str | None]
+) -> None:
+    forms = [conversation([r for r, _ in talk], [c for _, c in talk], s) for talk, s in (a, b)]
+    assert (forms[0] == forms[1]) == (spoken(*a) == spoken(*b))
+
+
+@given(talk=TALK, system=st.none() | TEXT, sample=st.integers(0, 9))
+def test_keys_of_conversations_follow_the_documented_format(
+    talk: list[tuple[str, str]], system: str | None, sample: int
+) -> None:
+    kind, beside, text = conversation([r for r, _ in talk], [c for _, c in talk], system)
+    got = keys([text], kind=kind, system=beside, sample=sample)
+    assert got == [oracle_key(HEADER, text, beside, sample, kind)]
+
+
+def test_v1_is_frozen_for_conversations_and_images() -> None:
+    talk = [("user", "What is this?"), ("assistant", 'A "cat"\n\t\u2028\x7f\x00é.'), ("user", "Sure?")]
+    kind, system, text = conversation([r for r, _ in talk], [c for _, c in talk], "Be brief.")
+    assert keys([text], kind=kind, system=system) == [
+        "07cf544c4f9dff32eadba14223f269e815bd2d3fa0e598436a12fcd282fcb8ba"
+    ]
+    png = b"\x89PNG\r\n\x1a\n" + bytes(16)
+    images = pl.Series([[png], [png, b"GIF89a"]], dtype=pl.List(pl.Binary))
+    links = pl.Series([["https://host.example/a.png"]])
+    assert digests(images).to_list() == [
+        "fcf6884886b6e1be234ddbbc303b9e19c34f4492aac819d48d2a6b4f6e860b20",
+        "94255e774bb627c11eca7ff90976bc1c0474989acf17264bc826d5caf51d154e",
+    ]
+    assert digests(links).to_list() == ["1e62dbeeebe7b92afc0f185c463577ddb19814550f28a2e410833e5ba4b1d26e"]
+    frame = pl.DataFrame({"p": ["What is this?"], "a": digests(images.head(1))})
+    expr = key_hex(HEADER.digest(), pl.col("p"), attachments=pl.col("a"))
+    assert frame.select(expr).item() == "3ed0a2b8cd37d958cc458e42f44a6f1423cd8a690fabac35ed9092cd6193fbb0"

@@ -67,6 +67,7 @@ class Options:
     reasoning_effort: str | None = None
     params: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     schema: str | None = None
+    dimensions: int | None = None
 
 
 class Phase(StrEnum):
@@ -93,6 +94,8 @@ class BatchStatus:
         1-based lines of the request file that the provider named, with its reason.
     sources
         What `download` needs (file ids, a results address).
+    endpoint
+        What the batch asked, where the provider says it: its result lines have that form.
     """
 
     phase: Phase
@@ -102,6 +105,7 @@ class BatchStatus:
     kind: str | None = None
     bad_lines: Mapping[int, str] = dataclasses.field(default_factory=dict)
     sources: tuple[str, ...] = ()
+    endpoint: str | None = None
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

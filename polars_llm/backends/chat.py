@@ -1,21 +1,22 @@
-"""The Chat Completions wire form: options -> body, result lines -> answers. Pure; no SDK, no network."""
+"""The Chat Completions wire form: options -> body, replies -> answers. Pure; no SDK, no network."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from pathlib import Path
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import msgspec
 import polars as pl
 
 from polars_llm.answer import DONE
+from polars_llm.backends import lines
 from polars_llm.backends.base import Options
-from polars_llm.backends.replies import Reply, decoded, failed, never_ran, rows
-from polars_llm.errors import InvalidRequest
-from polars_llm.request import Json, RequestHeader, Requests, canonical, custom_ids
+from polars_llm.backends.lines import merged, not_read, read_error
+from polars_llm.backends.replies import Reply
+from polars_llm.images import Image, Link, of_rows, with_parts
+from polars_llm.request import Json, RequestHeader, Requests
 
-__all__ = ["ENDPOINT", "body", "custom_ids_of", "parse_lines", "read_reply", "render"]
+__all__ = ["ENDPOINT", "body", "read_reply", "render"]
 
 ENDPOINT = "/v1/chat/completions"
 
@@ -41,33 +42,13 @@ def body(options: Options, *, limit_field: str = "max_completion_tokens") -> dic
         "seed": options.seed,
         "reasoning_effort": options.reasoning_effort,
     }
-    chosen = {name: value for name, value in fields.items() if value is not None}
-    ours = _OURS | chosen.keys() | ({"response_format"} if options.schema else set())
-    for name in options.params:
-        if name in ours:
-            raise InvalidRequest(
-                f"params={{{name!r}: ...}} is set by the verb itself",
-                hint=f"leave {name!r} out of params. Nothing was sent.",
-            )
-    result = canonical({**chosen, **options.params})
-    assert isinstance(result, dict)
-    return result
+    ours = _OURS | ({"response_format"} if options.schema else set())
+    return merged(fields, options, ours)
 
 
 def render(requests: Requests) -> Iterator[bytes]:
-    """Request lines of a batch file, in the order of the rows.
-
-    The constant parts are encoded once; only the texts are encoded per row (one pass of msgspec).
-    """
-    header = requests.header
-    encode = msgspec.json.Encoder().encode
-    for part in requests.frame.iter_slices(10_000):
-        ids = part.select(custom_ids(pl.col("key"))).to_series().to_list()
-        start = b'","method":"POST","url":' + encode(header.endpoint) + b',"body":{"model":'
-        start += encode(header.model) + b',"messages":'
-        rows = zip(ids, _messages(part), _tails(header, part), strict=True)
-        for name, messages, tail in rows:
-            yield b'{"custom_id":"' + name.encode() + start + messages + tail
+    """Request lines of a batch file, in the order of the rows."""
+    return lines.render(requests, _messages, _tails)
 
 
 _FORMAT = (
@@ -77,32 +58,31 @@ _FORMAT = (
 
 def _messages(part: pl.DataFrame) -> Iterator[bytes]:
     encode = msgspec.json.Encoder().encode
-    columns = (part["prompt"].to_list(), part["kind"].to_list(), part["system"].to_list())
-    for prompt, kind, system in zip(*columns, strict=True):
-        if kind == "m":
-            first = [b'{"role":"system","content":' + encode(system) + b"}"] if system else []
-            yield _with_first(prompt.encode(), first)
-        elif system is None:
-            yield b'[{"role":"user","content":' + encode(prompt) + b"}]"
+    columns = (part["prompt"].to_list(), part["kind"].to_list(), part["system"].to_list(), of_rows(part))
+    for prompt, kind, system, images in zip(*columns, strict=True):
+        first = b"" if system is None else b'{"role":"system","content":' + encode(system) + b"},"
+        if images:
+            said = with_parts(kind, prompt, images, _parts)
+            yield b'"messages":[' + first + encode(said)[1:]
+        elif kind == "m":
+            yield b'"messages":[' + first + prompt.encode()[1:]
         else:
-            yield (
-                b'[{"role":"system","content":'
-                + encode(system)
-                + b'},{"role":"user","content":'
-                + encode(prompt)
-                + b"}]"
-            )
+            yield b'"messages":[' + first + b'{"role":"user","content":' + encode(prompt) + b"}]"
 
 
-def _with_first(messages: bytes, first: list[bytes]) -> bytes:
-    return b"[" + first[0] + b"," + messages[1:] if first else messages
+def _parts(text: str, images: Sequence[Image | Link]) -> list[dict[str, Any]]:
+    """The content of a message with images: the text first, as in OpenAI's guide."""
+    return [
+        {"type": "text", "text": text},
+        *({"type": "image_url", "image_url": {"url": image.url}} for image in images),
+    ]
 
 
 def _tails(header: RequestHeader, part: pl.DataFrame) -> Iterator[bytes]:
     encode = msgspec.json.Encoder().encode
     fields, seed = header.body, header.body.get("seed")
     # The schema is spliced in as text: encoding it again would lose the order of its properties.
-    last = b"}}" if header.schema is None else _FORMAT % header.schema.encode() + b"}}"
+    last = b"}" if header.schema is None else _FORMAT % header.schema.encode() + b"}"
     for sample in part["sample"].to_list():
         # A seed fixes the answer: asking again means asking with the next one.
         row = {**fields, "seed": seed + sample} if isinstance(seed, int) and sample else fields
@@ -110,27 +90,6 @@ def _tails(header: RequestHeader, part: pl.DataFrame) -> Iterator[bytes]:
 
 
 # --- replies ------------------------------------------------------------------------------------
-
-
-class _Failure(msgspec.Struct):
-    code: Any = None
-    type: Any = None
-    message: Any = None
-
-
-class _Response(msgspec.Struct):
-    status_code: int = 200
-    body: msgspec.Raw = msgspec.Raw(b"null")
-
-
-class _Line(msgspec.Struct):
-    custom_id: str = ""
-    response: _Response | None = None
-    error: _Failure | None = None
-
-
-class _ErrorBody(msgspec.Struct):
-    error: _Failure | str | None = None
 
 
 class _Message(msgspec.Struct):
@@ -162,50 +121,17 @@ class _Chat(msgspec.Struct):
 
 
 _chat_decoder = msgspec.json.Decoder(_Chat)
-_error_decoder = msgspec.json.Decoder(_ErrorBody)
-_line_decoder = msgspec.json.Decoder(_Line)
-
-# Codes of lines that never ran; sent again by themselves, alone, a bounded number of times.
-_NEVER_RAN = {"batch_expired": "expired", "batch_cancelled": "cancelled"}
-
-
-def parse_lines(lines: Iterable[bytes]) -> pl.DataFrame:
-    """Lines of output and error files as one frame (REPLY_SCHEMA)."""
-    return rows(lines, _line_decoder, _read_line)
-
-
-def custom_ids_of(path: Path) -> Iterator[str]:
-    """The custom_ids in a file of request or result lines."""
-    with path.open("rb") as file:
-        for line in decoded(file, _line_decoder):
-            yield line.custom_id
-
-
-def _read_line(line: _Line) -> Reply:
-    if line.response is not None:
-        raw = bytes(line.response.body)
-        if raw.startswith(b'"'):  # some hosts put the body in as a JSON string
-            raw = msgspec.json.decode(raw, type=str).encode()
-        return read_reply(line.response.status_code, raw)
-    error = line.error or _Failure(code="empty_line", message="the line has no response, no error")
-    return _failed(None, str(error.code or error.type or "unknown"), error.message, b"")
 
 
 def read_reply(status: int, raw: bytes) -> Reply:
     """One reply of the endpoint, whatever its status, as a row."""
     if status != 200:
-        try:
-            error = _error_decoder.decode(raw).error
-        except msgspec.DecodeError:
-            error = None
-        if not isinstance(error, _Failure):
-            error = _Failure(message=error or raw[:200].decode(errors="replace"))
-        return _failed(status, str(error.code or error.type or f"http_{status}"), error.message, raw)
+        return read_error(status, raw)
     try:
         chat = _chat_decoder.decode(raw)
         choice = chat.choices[0]
     except (msgspec.DecodeError, IndexError):
-        return _failed(422, "unreadable_reply", "the reply is not a chat completion", raw)
+        return not_read("a chat completion", raw)
     return _answered(chat, choice, raw)
 
 
@@ -238,9 +164,3 @@ def _text(content: Any) -> str | None:
         parts = [p["text"] for p in content if isinstance(p, dict) and isinstance(p.get("text"), str)]
         return "".join(parts) if parts else None
     return None
-
-
-def _failed(status: int | None, kind: str, message: Any, raw: bytes) -> Reply:
-    if kind in _NEVER_RAN:
-        return never_ran(_NEVER_RAN[kind], message, raw)
-    return failed(status, kind, message, raw)

@@ -17,6 +17,7 @@ from polars_llm.answer import DONE
 from polars_llm.backends.base import Options
 from polars_llm.backends.replies import Reply, decoded, failed, never_ran, rows
 from polars_llm.errors import InvalidRequest
+from polars_llm.images import Image, Link, of_rows, with_parts
 from polars_llm.request import Json, RequestHeader, Requests, canonical, custom_ids
 
 __all__ = [
@@ -192,31 +193,51 @@ def _tail(header: RequestHeader) -> bytes:
 def _inputs(part: pl.DataFrame) -> Iterator[bytes]:
     """Messages, and the system prompt behind them where there is one."""
     encode = msgspec.json.Encoder().encode
-    columns = (part["prompt"].to_list(), part["kind"].to_list(), part["system"].to_list())
-    for prompt, kind, system in zip(*columns, strict=True):
+    columns = (part["prompt"].to_list(), part["kind"].to_list(), part["system"].to_list(), of_rows(part))
+    for prompt, kind, system, images in zip(*columns, strict=True):
         # The API refuses empty text blocks: an empty system prompt is none.
         blocks = [{"type": "text", "text": system}] if system else []
-        if kind == "m":
-            messages = _conversation(prompt, blocks)
+        if images:
+            messages = with_parts(kind, prompt, images, _parts)
+            text = encode(_spoken(messages, blocks))
+        elif kind == "m":
+            text = encode(_spoken(msgspec.json.decode(prompt), blocks))
         else:
-            messages = b'[{"role":"user","content":' + encode(prompt) + b"}]"
-        yield messages + (b',"system":' + encode(blocks) if blocks else b"")
+            text = b'[{"role":"user","content":' + encode(prompt) + b"}]"
+        yield text + (b',"system":' + encode(blocks) if blocks else b"")
 
 
-def _conversation(prompt: str, blocks: list[Any]) -> bytes:
+def _spoken(messages: list[dict[str, Any]], blocks: list[Any]) -> list[dict[str, Any]]:
     """The messages without the system ones at their beginning, which go to `blocks`."""
-    messages = msgspec.json.decode(prompt)
     rest = list(messages)
-    while rest and rest[0].get("role") == "system":
-        content = rest.pop(0).get("content")
-        blocks += content if isinstance(content, list) else [{"type": "text", "text": content}]
-    if not rest or rest[-1].get("role") == "assistant":
+    while rest and rest[0]["role"] == "system":
+        content = rest.pop(0)["content"]
+        text = [{"type": "text", "text": content}] if content else []
+        blocks += content if isinstance(content, list) else text
+    if not rest or rest[-1]["role"] == "assistant":
         raise InvalidRequest(
             "a conversation has no message from the user at its end",
             hint="Anthropic's models take no prefill: end every conversation with role 'user'."
             " Nothing was sent.",
         )
-    return prompt.encode() if len(rest) == len(messages) else msgspec.json.encode(rest)
+    if any(message["role"] == "developer" for message in rest):
+        raise InvalidRequest(
+            "a conversation has a message with role 'developer', which Anthropic does not know",
+            hint="give it the role 'system'. Nothing was sent.",
+        )
+    return rest
+
+
+def _parts(text: str, images: Sequence[Image | Link]) -> list[dict[str, Any]]:
+    """The content of a message with images: they come before the text, as Anthropic's guide says."""
+    sources = [
+        {"type": "url", "url": image.url}
+        if isinstance(image, Link)
+        else {"type": "base64", "media_type": image.media_type, "data": image.base64}
+        for image in images
+    ]
+    words = [{"type": "text", "text": text}] if text else []
+    return [*({"type": "image", "source": source} for source in sources), *words]
 
 
 # --- replies ------------------------------------------------------------------------------------

@@ -11,13 +11,13 @@ import dataclasses
 import functools
 import json
 import os
-from collections.abc import AsyncIterator, Callable, Collection, Iterable, Iterator
+from collections.abc import AsyncIterator, Callable, Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import polars as pl
 
-from polars_llm.backends import chat
+from polars_llm.backends import chat, embeddings, responses
 from polars_llm.backends.base import (
     BatchStatus,
     CallFailed,
@@ -31,6 +31,7 @@ from polars_llm.backends.base import (
 )
 from polars_llm.backends.clients import Ask, HttpReply, PerProcess, retry_after
 from polars_llm.backends.hosts import Host, host_of, redact
+from polars_llm.backends.lines import Wire, custom_ids_of, parse
 from polars_llm.backends.replies import Reply
 from polars_llm.errors import AccountError
 from polars_llm.job import Job, Mode
@@ -45,6 +46,8 @@ if TYPE_CHECKING:
 __all__ = ["OpenAIBatch"]
 
 C = TypeVar("C")
+
+_WIRES: Mapping[str, Wire] = {wire.ENDPOINT: wire for wire in (chat, responses, embeddings)}
 
 _ENDED = {"completed": "completed", "expired": "expired", "cancelled": "cancelled"}
 
@@ -71,6 +74,7 @@ class OpenAIBatch:
         key_url: str | None = None,
         api_key: str | None = None,
         host: Host | None = None,
+        endpoint: str = chat.ENDPOINT,
     ) -> None:
         """`base_url` is normalised (None: the provider's own), `address` is what the SDK gets.
 
@@ -82,6 +86,7 @@ class OpenAIBatch:
         self._address = address
         self._key_url = key_url
         self._api_key = api_key
+        self._endpoint = endpoint
         self._clients = PerProcess(self._connect)
 
     def __repr__(self) -> str:
@@ -97,15 +102,15 @@ class OpenAIBatch:
         return RequestHeader(
             provider=self.provider,
             base_url=self._key_url,
-            endpoint=chat.ENDPOINT,
+            endpoint=self._endpoint,
             model=self._model,
-            body=chat.body(options, limit_field=self._host.limit_field),
+            body=_WIRES[self._endpoint].body(options, limit_field=self._host.limit_field),
             schema=worded(options.schema, OPENAI) if options.schema else None,
         )
 
     def render(self, requests: Requests) -> Iterator[bytes]:
         """Lines of the request file."""
-        return chat.render(requests)
+        return _WIRES[requests.header.endpoint].render(requests)
 
     def upload(self, job: Job, path: Path) -> str:
         """Upload the request file, streamed from disk."""
@@ -213,8 +218,8 @@ class OpenAIBatch:
 
     def parse(self, lines: Iterable[bytes], status: BatchStatus) -> pl.DataFrame:
         """Result lines as answers."""
-        del status
-        return chat.parse_lines(lines)
+        wire = _WIRES.get(status.endpoint or "", _WIRES[self._endpoint])
+        return parse(lines, wire.read_reply)
 
     def cancel(self, job: Job) -> None:
         """Ask the provider to stop. Cancelling what has ended is no error."""
@@ -250,7 +255,7 @@ class OpenAIBatch:
         if batch.input_file_id is None:
             return None
         self._fetch((batch.input_file_id,), target)
-        return chat.custom_ids_of(target)
+        return custom_ids_of(target)
 
     def _batches(self) -> Iterator[Batch]:
         after: str | None = None
@@ -304,8 +309,7 @@ class OpenAIBatch:
 
     def read_reply(self, endpoint: str, status: int, body: bytes) -> Reply:
         """One reply of an endpoint as a row."""
-        del endpoint
-        return chat.read_reply(status, body)
+        return _WIRES[endpoint].read_reply(status, body)
 
     def _client(self) -> openai.OpenAI:
         return self._clients.get()
@@ -383,7 +387,9 @@ def _status(batch: Batch) -> BatchStatus:
     counts = batch.request_counts
     done = (counts.completed if counts else 0) or 0
     failed = (counts.failed if counts else 0) or 0
-    look = BatchStatus(phase=Phase.RUNNING, done=done, failed=failed, why=str(batch.status))
+    look = BatchStatus(
+        phase=Phase.RUNNING, done=done, failed=failed, why=str(batch.status), endpoint=batch.endpoint
+    )
     if batch.status == "failed":
         return _refused(batch, look)
     if batch.status in _ENDED:

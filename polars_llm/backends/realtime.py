@@ -32,7 +32,7 @@ from polars_llm.answer import ACCOUNT, DONE, FAILED, RETRY
 from polars_llm.backends.base import BatchBackend, CallFailed, Options
 from polars_llm.backends.clients import Ask, HttpReply, retry_after
 from polars_llm.backends.pace import Breaker, Pace, allowances, backoff
-from polars_llm.backends.replies import REPLY_SCHEMA, Reply, failed
+from polars_llm.backends.replies import Reply, failed, frame
 from polars_llm.errors import PolarsLLMError
 from polars_llm.job import Mode
 from polars_llm.pricing import Prices
@@ -249,7 +249,7 @@ class _Work:
         """What has arrived since the last time."""
         with self._changed:
             replies, self._replies = self._replies, []
-        return pl.DataFrame(replies, schema=REPLY_SCHEMA)
+        return frame(replies)
 
     def stop(self) -> None:
         """End all work in flight, and wait until it has ended."""

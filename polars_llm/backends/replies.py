@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Protocol, TypeAlias, TypeVar
 
 import msgspec
@@ -12,7 +12,7 @@ from polars_llm.answer import ACCOUNT, FAILED, RETRY
 from polars_llm.backends.base import verdict
 from polars_llm.request import key_from_custom_id
 
-__all__ = ["REPLY_SCHEMA", "Reply", "decoded", "failed", "never_ran", "rows"]
+__all__ = ["REPLY_SCHEMA", "Reply", "decoded", "failed", "frame", "never_ran", "rows"]
 
 Reply: TypeAlias = dict[str, Any]
 
@@ -29,7 +29,11 @@ REPLY_SCHEMA: Mapping[str, pl.DataType] = {
     "output_tokens": pl.Int64(),
     "model": pl.String(),
     "body": pl.Binary(),
+    "vector": pl.List(pl.Float32()),
 }
+
+# Replies that are Python objects at once.
+_STEP = 1_000
 
 
 class _Named(Protocol):
@@ -59,12 +63,36 @@ def rows(
     Lines that are not JSON, and lines whose custom_id is not ours, are left out: the caller
     reconciles against the custom_ids that it sent.
     """
+    parts: list[pl.DataFrame] = []
     found: list[Reply] = []
     for line in decoded(lines, decoder):
         key = key_from_custom_id(line.custom_id)
         if key is not None:
             found.append({"key": key, **read(line)})
-    return pl.DataFrame(found, schema=REPLY_SCHEMA)
+        if len(found) == _STEP:
+            parts.append(frame(found))
+            found = []
+    return pl.concat([*parts, frame(found)])
+
+
+def frame(replies: Sequence[Reply]) -> pl.DataFrame:
+    """Replies as one frame (REPLY_SCHEMA).
+
+    The ``vector`` of a reply is bytes, little-endian Float32: no number of it is ever a Python object.
+    """
+    made = pl.DataFrame(replies, schema={**REPLY_SCHEMA, "vector": pl.Binary()})
+    sizes = made["vector"].bin.size().unique().drop_nulls()
+    if sizes.is_empty():
+        return made.with_columns(pl.lit(None, REPLY_SCHEMA["vector"]).alias("vector"))
+    column = pl.col("vector")
+    vectors = [
+        pl.when(column.bin.size() == size)
+        .then(column)
+        .bin.reinterpret(dtype=pl.Array(pl.Float32, size // 4), endianness="little")
+        .arr.to_list()
+        for size in sizes
+    ]
+    return made.with_columns(pl.coalesce(vectors).alias("vector"))
 
 
 def failed(status: int | None, kind: str, message: Any, raw: bytes) -> Reply:

@@ -11,7 +11,7 @@ import polars as pl
 
 from polars_llm.answer import DONE, FAILED, RETRY
 from polars_llm.config import OnError
-from polars_llm.errors import LLMWarning, RequestsFailed
+from polars_llm.errors import InvalidRequest, LLMWarning, RequestsFailed
 from polars_llm.frame.typed import INVALID_OUTPUT
 from polars_llm.jobs.evaluate import Pending
 from polars_llm.jobs.lookup import Policy
@@ -40,9 +40,9 @@ FULL: Mapping[str, pl.DataType] = {
 }
 
 
-def full(value: pl.DataType | None = None) -> dict[str, pl.DataType]:
-    """Fields of ``output="full"``; answers with a schema have values of `value`, and ``raw``: their text."""
-    return dict(FULL) if value is None else {**FULL, "value": value, "raw": pl.String()}
+def full(value: pl.DataType, *, raw: bool = False) -> dict[str, pl.DataType]:
+    """Fields of ``output="full"``; answers with a schema have ``raw`` too: their text."""
+    return {**FULL, "value": value, **({"raw": pl.String()} if raw else {})}
 
 
 def column(
@@ -52,20 +52,39 @@ def column(
     policy: Policy,
     pending: Pending | None,
     full_key: pl.Expr | None,
+    value: pl.DataType,
 ) -> pl.Series:
-    """Answers in the order of `found`; with `full_key` as the struct of ``output="full"``."""
+    """Answers in the order of `found`; with `full_key` as the struct of ``output="full"``.
+
+    A `value` of dtype Array is the answers' vectors, any other their texts.
+    """
+    source = "vector" if isinstance(value, pl.Array) else "text"
     if full_key is None and "value" in found.columns:
         return found["value"]
     if full_key is None:
-        return store.results.read(_only_done(found), ["text"]).to_series()
+        return _values(store.results.read(_only_done(found), [source]).to_series(), value)
     status = _status(found, policy, pending)
     # What is under way again shows as pending, not as the failure that it had before.
     known = _mask(found, status != "pending")
-    facts = store.results.read(known, ["text", "error", "error_message", *list(FULL)[3:-1]]).with_columns(
-        status=status
-    )
+    facts = store.results.read(known, [source, "error", "error_message", *list(FULL)[3:-1]])
+    facts = facts.with_columns(_values(facts[source], value).alias("value"), status=status)
     keyed = rows.lazy().select(key=full_key).select(key=custom_ids(pl.col("key"))).collect(engine="streaming")
     return _struct(facts, keyed["key"], found, pending)
+
+
+def _values(answers: pl.Series, dtype: pl.DataType) -> pl.Series:
+    """Stored answers as the user's dtype."""
+    if not isinstance(dtype, pl.Array):
+        return answers
+    lengths = answers.list.len()
+    wrong = answers.filter(lengths != dtype.size)
+    if wrong.len():
+        raise InvalidRequest(
+            f"The model answered with {wrong.list.len()[0]:,} numbers, not {dtype.size:,}",
+            hint="vector_length= of the model object says how many there are. The answers are kept: asking"
+            " the same again costs nothing.",
+        )
+    return answers.list.to_array(dtype.size)
 
 
 def _struct(facts: pl.DataFrame, key: pl.Series, found: pl.DataFrame, pending: Pending | None) -> pl.Series:
@@ -73,12 +92,12 @@ def _struct(facts: pl.DataFrame, key: pl.Series, found: pl.DataFrame, pending: P
         key.alias("key"),
         found["key"].is_not_null().alias("asked"),
         _job_ids(found, pending, facts["job_id"]).alias("job_id"),
-        value=pl.when(pl.col("status") == "done").then("text"),
+        value=pl.when(pl.col("status") == "done").then("value"),
         error=pl.when(pl.col("status") == "failed").then(_said()),
     )
-    dtypes = full()
+    dtypes = full(facts["value"].dtype)
     if "value" in found.columns:
-        dtypes = full(found["value"].dtype)
+        dtypes = full(found["value"].dtype, raw=True)
         wrong = pl.format(f"{INVALID_OUTPUT}: {{}}", found["reason"])
         fields = fields.with_columns(
             found["value"],

@@ -9,14 +9,17 @@ import polars as pl
 
 from polars_llm.answer import DONE, FAILED
 from polars_llm.backends.base import is_batch
-from polars_llm.frame.verbs import PROMPT, Verb, checked, warn_of_unknown_prices
+from polars_llm.errors import InvalidRequest
+from polars_llm.frame.embeddings import embed
+from polars_llm.frame.inputs import PROMPT
+from polars_llm.frame.verbs import Verb, classify, generate, warn_of_unknown_prices
 from polars_llm.jobs.budget import bound, output_tokens_max, sizes
 from polars_llm.jobs.lookup import in_flight, unanswered
 from polars_llm.jobs.packing import pack
 from polars_llm.pricing import cost_usd
 from polars_llm.request import Requests
 
-__all__ = ["ESTIMATE", "CountTokens", "estimate"]
+__all__ = ["ESTIMATE", "CountTokens", "estimate", "resolve_verb"]
 
 CountTokens = Callable[[str], int]
 
@@ -45,12 +48,29 @@ _ENOUGH = 10
 _SAMPLE = 20_000
 
 
+_VERBS: dict[str, Callable[..., Verb]] = {"generate": generate, "classify": classify, "embed": embed}
+
+
+def resolve_verb(name: str) -> Callable[..., Verb]:
+    """A verb by its name.
+
+    Raises
+    ------
+    InvalidRequest
+        At call: there is none of that name.
+    """
+    if name not in _VERBS:
+        known = ", ".join(repr(known) for known in _VERBS)
+        raise InvalidRequest(f"verb is {name!r}", hint=f"verb takes {known}. Nothing was sent.")
+    return _VERBS[name]
+
+
 def estimate(batches: Iterator[pl.DataFrame], verb: Verb, count_tokens: CountTokens | None) -> pl.DataFrame:
     """One row of ESTIMATE for the rows of `batches`, which hold the verb's inputs."""
     warn_of_unknown_prices([verb])
     seen = _Seen(verb)
     for batch in batches:
-        seen.add(checked(batch))
+        seen.add(verb.checked(batch))
     facts = seen.counts()
     new = seen.to_send()
     usage = _Usage(verb, seen.known(), count_tokens)
@@ -128,10 +148,19 @@ class _Usage:
         elif read.height >= _ENOUGH:
             self._per_byte, self._fixed = _line(read["size"], read["input_tokens"])
             self.method = f"{read.height:,} answers of this column"
+        self._learnt = count_tokens is None and read.height >= _ENOUGH
         self._system = verb.system if isinstance(verb.system, str) and read.height < _ENOUGH else ""
 
     def input_tokens(self, requests: Requests) -> pl.Series:
-        """Of each request."""
+        """Of each request; null where it has images and nothing is known of such."""
+        # Nobody here knows how many tokens an image is; what came back for others of the column tells.
+        seen = requests.frame["attachments"] if "attachments" in requests.frame.columns else None
+        tokens = self._of_texts(requests)
+        if seen is None or self._learnt:
+            return tokens
+        return pl.select(pl.when(seen.is_null()).then(tokens)).to_series()
+
+    def _of_texts(self, requests: Requests) -> pl.Series:
         prompts = requests.frame["prompt"]
         systems = requests.frame["system"]
         if self._count is not None:
@@ -167,7 +196,7 @@ def _tokens(verb: Verb, new: Requests, usage: _Usage) -> dict[str, object]:
     return {
         "to_send": new.height,
         "batches": batches,
-        "input_tokens": math.ceil(tokens.sum()),
+        "input_tokens": None if tokens.has_nulls() else math.ceil(tokens.sum()),
         "input_tokens_method": usage.method,
         "output_tokens_max": None if longest is None else longest * new.height,
         "cost_usd": _expected(verb, tokens, expected) if new.height else 0.0,

@@ -26,8 +26,9 @@ from polars_llm.backends.base import is_batch
 from polars_llm.errors import PolarsLLMError, UnansweredInput
 from polars_llm.frame.column import warn
 from polars_llm.frame.estimate import CountTokens, estimate
+from polars_llm.frame.inputs import PROMPT
 from polars_llm.frame.scope import Missing, Occurrence, Scope, Staged, grouped, inside, mark
-from polars_llm.frame.verbs import PROMPT, Verb, Wanted, bring, checked
+from polars_llm.frame.verbs import Verb, Wanted, bring
 from polars_llm.jobs.evaluate import Pending
 from polars_llm.jobs.lookup import unanswered
 from polars_llm.request import Requests
@@ -172,7 +173,7 @@ class _Asked:
 
     def __init__(self, verb: Verb, rows: pl.DataFrame) -> None:
         self.verb = verb
-        self.rows = checked(rows)
+        self.rows = verb.checked(rows)
         self._keys = verb.keys(self.rows)
         self.look_again()
 

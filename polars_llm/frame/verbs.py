@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias, TypedDict, Unpack, cast, get_args
 
@@ -17,12 +17,27 @@ import polars as pl
 
 from polars_llm.backends.base import BatchBackend, LiveBackend, Options, is_batch
 from polars_llm.backends.hosts import is_loopback
-from polars_llm.config import OnError, OnPending, settings, usd
+from polars_llm.config import OnError, OnPending, Settings, settings, usd
 from polars_llm.errors import InvalidRequest, UnansweredInput
 from polars_llm.forks import refuse_hanging
 from polars_llm.frame.column import Failures, column, full, warn
+from polars_llm.frame.conversations import is_conversation, told
+from polars_llm.frame.inputs import (
+    ATTACHED,
+    IMAGES,
+    KIND,
+    PROMPT,
+    RETRY,
+    SAMPLE,
+    SYSTEM,
+    check_images,
+    checked,
+    expr,
+    with_attached,
+)
 from polars_llm.frame.labels import FIELD, Labels, LabelsLike
 from polars_llm.frame.typed import SEED_STEP, Typed, nth_retry
+from polars_llm.images import as_sent
 from polars_llm.jobs.evaluate import Need, Pending, evaluate
 from polars_llm.jobs.lookup import Policy, unanswered
 from polars_llm.models import Model, resolve
@@ -45,15 +60,11 @@ __all__ = [
     "classify",
     "generate",
     "needs",
-    "resolve_verb",
     "warn_of_unknown_prices",
 ]
 
 Output: TypeAlias = Literal["value", "full"]
 AskMode: TypeAlias = Literal["batch", "realtime"]
-
-# Inputs of a verb as columns of their own, whatever the user's frame calls them.
-PROMPT, SYSTEM, SAMPLE, RETRY = "__pllm_prompt", "__pllm_system", "__pllm_sample", "__pllm_retry"
 
 
 class CommonOptions(TypedDict, total=False):
@@ -61,6 +72,7 @@ class CommonOptions(TypedDict, total=False):
 
     model: str | Model | None
     system: str | pl.Expr | None
+    images: str | pl.Expr | pl.Series | None
     name: str
     output: Output
     on_pending: OnPending | None
@@ -96,6 +108,7 @@ class Verb:
     name: str
     prompt: IntoExpr
     system: str | pl.Expr | None
+    images: IntoExpr | None
     sample: int | pl.Expr
     output: Output
     on_pending: OnPending
@@ -103,12 +116,16 @@ class Verb:
     policy: Policy
     cache_dir: Path | None
     typed: Typed | None = None
+    value: pl.DataType = dataclasses.field(default_factory=pl.String)
+    """Of an answer: String for text, Array for vectors."""
 
     @property
     def dtype(self) -> pl.DataType:
         """Of the column that it gives."""
-        value = self.typed.dtype if self.typed else None
-        return pl.Struct(full(value)) if self.output == "full" else value or pl.String()
+        typed = self.typed
+        if self.output != "full":
+            return typed.dtype if typed else self.value
+        return pl.Struct(full(typed.dtype if typed else self.value, raw=typed is not None))
 
     @property
     def store(self) -> Store:
@@ -117,20 +134,45 @@ class Verb:
 
     def inputs(self) -> list[pl.Expr]:
         """What it reads of a frame, under names of our own."""
-        prompt = pl.col(self.prompt) if isinstance(self.prompt, str) else _expr(self.prompt)
-        read = [prompt.alias(PROMPT)]
+        read = [expr(self.prompt).alias(PROMPT)]
+        if self.images is not None:
+            read.append(expr(self.images).alias(IMAGES))
         if isinstance(self.system, pl.Expr):
             read.append(self.system.alias(SYSTEM))
         if isinstance(self.sample, pl.Expr):
             read.append(self.sample.alias(SAMPLE))
         return read
 
+    def checked(self, rows: pl.DataFrame) -> pl.DataFrame:
+        """Rows of `inputs` as `keys` and `requests` want them.
+
+        Raises
+        ------
+        InvalidRequest
+            At collect: a prompt or system that is not text, a sample that is not a whole number >= 0, a
+            conversation or an image that cannot be sent.
+        """
+        rows = checked(rows, talks=not isinstance(self.value, pl.Array))
+        if is_conversation(rows.schema[PROMPT]):
+            system = rows[SYSTEM] if SYSTEM in rows.columns else self._system
+            said = told(rows[PROMPT], system, self.header.provider)
+            rows = rows.with_columns(
+                said["prompt"].alias(PROMPT), said["system"].alias(SYSTEM), said["kind"].alias(KIND)
+            )
+        if IMAGES in rows.columns:
+            rows = with_attached(rows, self.header.provider)
+        return rows
+
+    @property
+    def _system(self) -> str | None:
+        return self.system if isinstance(self.system, str) else None
+
     def keys(self, rows: pl.DataFrame) -> pl.Series:
-        """Key prefix of each row of `inputs`; null where the prompt is null."""
+        """Key prefix of each of the `checked` rows; null where the prompt is null."""
         # One pass, streaming: the hex text of the keys never exists for all rows at once.
         return (
             rows.lazy()
-            .select(key_prefix(self._key_hex()).alias("key"))
+            .select(key_prefix(self._key_hex(rows)).alias("key"))
             .collect(engine="streaming")
             .to_series()
         )
@@ -142,17 +184,21 @@ class Verb:
             return found
 
         def hexes(which: pl.Series) -> pl.Series:
-            return rows.filter(which).select(self._key_hex()).to_series()
+            return rows.filter(which).select(self._key_hex(rows)).to_series()
 
         return self.typed.settled(found, hexes, self.store.results)
 
-    def _key_hex(self) -> pl.Expr:
-        system = pl.col(SYSTEM) if isinstance(self.system, pl.Expr) else self.system
+    def _key_hex(self, rows: pl.DataFrame) -> pl.Expr:
+        def of(name: str, constant: Any) -> Any:
+            return pl.col(name) if name in rows.columns else constant
+
         return key_hex(
             self.header.digest(),
             pl.col(PROMPT),
-            system=system,
-            sample=pl.col(SAMPLE) if isinstance(self.sample, pl.Expr) else self.sample,
+            kind=of(KIND, "t"),
+            system=of(SYSTEM, self._system),
+            sample=of(SAMPLE, self.sample),
+            attachments=of(ATTACHED, None),
         )
 
     def once(self) -> Verb:
@@ -164,13 +210,17 @@ class Verb:
         missing = found["key"].is_in(unanswered(found, self.policy)["key"].implode())
         wanted = _numbered(rows, found).with_columns(__prefix=found["key"]).filter(missing)
         wanted = wanted.unique("__prefix", keep="first", maintain_order=True)
+        images: dict[str, Any] = (
+            {"images": as_sent(wanted[IMAGES]), "attachments": ATTACHED} if IMAGES in rows.columns else {}
+        )
         frame = wanted.select(
             key=self._full_key(wanted),
             attempt=pl.lit(1, pl.UInt16),
             prompt=PROMPT,
-            kind=pl.lit("t"),
-            system=pl.lit(self.system, pl.String) if not isinstance(self.system, pl.Expr) else SYSTEM,
-            sample=pl.lit(self.sample, pl.Int64) if not isinstance(self.sample, pl.Expr) else SAMPLE,
+            kind=KIND if KIND in rows.columns else pl.lit("t"),
+            system=SYSTEM if SYSTEM in rows.columns else pl.lit(self._system, pl.String),
+            sample=SAMPLE if SAMPLE in rows.columns else pl.lit(self.sample, pl.Int64),
+            **images,
         )
         if self.typed is not None:
             raised = pl.col("sample") + pl.col("retry") * SEED_STEP
@@ -179,7 +229,7 @@ class Verb:
 
     def _full_key(self, rows: pl.DataFrame) -> pl.Expr:
         """Binary keys of numbered rows."""
-        made = self._key_hex()
+        made = self._key_hex(rows)
         if RETRY in rows.columns and (most := cast("int", rows[RETRY].max() or 0)):
             made = nth_retry(made, pl.col(RETRY), most)
         return made.str.decode("hex")
@@ -196,7 +246,8 @@ class Verb:
         """Answers on their rows."""
         rows = _numbered(rows, found)
         full_key = self._full_key(rows) if self.output == "full" else None
-        return column(found, rows, self.store, self.policy, pending, full_key).alias(self.name)
+        laid = column(found, rows, self.store, self.policy, pending, full_key, self.value)
+        return laid.alias(self.name)
 
 
 Wanted: TypeAlias = tuple[Verb, Requests]
@@ -293,7 +344,7 @@ def _merged(requests: Sequence[Requests]) -> list[Requests]:
     merged: dict[str, Requests] = {}
     for r in requests:
         name = r.header.digest()
-        frame = pl.concat([merged[name].frame, r.frame]) if name in merged else r.frame
+        frame = pl.concat([merged[name].frame, r.frame], how="diagonal") if name in merged else r.frame
         merged[name] = Requests(r.header, frame.unique("key", keep="first", maintain_order=True))
     return list(merged.values())
 
@@ -303,75 +354,12 @@ def _numbered(rows: pl.DataFrame, found: pl.DataFrame) -> pl.DataFrame:
     return rows.with_columns(found["retry"].alias(RETRY)) if "retry" in found.columns else rows
 
 
-def _expr(prompt: IntoExpr) -> pl.Expr:
-    if isinstance(prompt, pl.Expr):
-        return prompt
-    if isinstance(prompt, pl.Series):
-        return pl.lit(prompt)
-    raise InvalidRequest(
-        f"prompt is a {type(prompt).__name__}, neither a column's name nor an expression",
-        hint="pass the name of a column of text, or an expression such as"
-        " pl.format('Summarise: {}', 'text'). Nothing was sent.",
-    )
-
-
-_TEXT = (pl.String, pl.Categorical, pl.Enum, pl.Null)
-
-
-def checked(rows: pl.DataFrame) -> pl.DataFrame:
-    """`rows` with text as String and samples as Int64.
-
-    Raises
-    ------
-    InvalidRequest
-        At collect: a prompt or system that is not text, a sample that is not a whole number >= 0.
-    """
-    casts = []
-    for name, dtype in rows.schema.items():
-        if name == SAMPLE:
-            casts.append(_checked_sample(rows[name]))
-            continue
-        if not isinstance(dtype, _TEXT):
-            what = "prompt" if name == PROMPT else "system"
-            raise InvalidRequest(
-                f"The {what} has dtype {dtype}, not String",
-                hint="cast it, or build the text with pl.format('... {}', column). Nothing was sent.",
-            )
-        if dtype != pl.String:
-            casts.append(rows[name].cast(pl.String))
-    return rows.with_columns(casts) if casts else rows
-
-
-def _checked_sample(sample: pl.Series) -> pl.Series:
-    if not sample.dtype.is_integer() and sample.dtype != pl.Null:
-        raise InvalidRequest(
-            f"sample has dtype {sample.dtype}, not a whole number",
-            hint="pass an int, or an expression of integers. Nothing was sent.",
-        )
-    if (sample < 0).any():
-        raise InvalidRequest("A sample is below 0.", hint="samples count from 0. Nothing was sent.")
-    return sample.cast(pl.Int64).fill_null(0)
-
-
-def resolve_verb(name: str) -> Callable[..., Verb]:
-    """A verb by its name.
-
-    Raises
-    ------
-    InvalidRequest
-        At call: there is none of that name.
-    """
-    if name not in _VERBS:
-        known = ", ".join(repr(known) for known in _VERBS)
-        raise InvalidRequest(f"verb is {name!r}", hint=f"verb takes {known}. Nothing was sent.")
-    return _VERBS[name]
-
-
 def generate(
     prompt: IntoExpr,
     *,
     model: str | Model | None = None,
     system: str | pl.Expr | None = None,
+    images: str | pl.Expr | pl.Series | None = None,
     schema: Any = None,
     name: str = "response",
     output: Output = "value",
@@ -394,9 +382,9 @@ def generate(
     """Resolve a call of generate; the namespaces' docstrings say what each argument means."""
     refuse_hanging()
     chosen = settings(on_pending=on_pending, on_error=on_error)
-    _check_arguments(name=name, output=output, system=system, sample=sample, max_tokens=max_tokens)
+    check_arguments(name=name, output=output, system=system, sample=sample, max_tokens=max_tokens)
     typed = _typed(schema, retries_on_invalid)
-    _check_mode(mode, max_concurrency)
+    check_mode(mode, max_concurrency)
     options = Options(
         max_tokens=max_tokens,
         temperature=temperature,
@@ -409,6 +397,7 @@ def generate(
     )
     chosen_model = resolve(model or chosen.model)
     backend = chosen_model.backend(mode, max_concurrency=max_concurrency)
+    check_images(images, backend.provider)
     return Verb(
         model=chosen_model,
         backend=backend,
@@ -416,19 +405,12 @@ def generate(
         name=name,
         prompt=prompt,
         system=system,
+        images=images,
         sample=sample,
         output=output,
         on_pending=chosen.on_pending,
         on_error=chosen.on_error,
-        policy=Policy(
-            wait=chosen.on_pending == "wait",
-            poll_interval=chosen.poll_interval,
-            quiet_period=chosen.quiet_period,
-            retry_failed=retry_failed,
-            max_cost=usd(max_cost),
-            budget=chosen.max_cost,
-            budget_since=chosen.max_cost_since,
-        ),
+        policy=policy(chosen, retry_failed=retry_failed, max_cost=max_cost),
         cache_dir=chosen.cache_dir,
         typed=typed,
     )
@@ -440,14 +422,11 @@ def classify(text: IntoExpr, labels: LabelsLike, **options: Unpack[CommonOptions
         raise TypeError("classify has labels, and takes no schema")
     named = Labels.of(labels)
     own = options.get("system")
-    _check_arguments(system=own)
+    check_arguments(system=own)
     given: GenerateOptions = {"name": "label", **options, "system": named.system(own), "schema": named.schema}
     verb = generate(text, **given)
     assert verb.typed is not None
     return dataclasses.replace(verb, typed=dataclasses.replace(verb.typed, field=FIELD))
-
-
-_VERBS: dict[str, Callable[..., Verb]] = {"generate": generate, "classify": classify}
 
 
 def _typed(schema: Any, retries: int) -> Typed | None:
@@ -463,7 +442,8 @@ def _typed(schema: Any, retries: int) -> Typed | None:
     return Typed(schema if isinstance(schema, Schema) else freeze(schema), retries)
 
 
-def _check_mode(mode: str, max_concurrency: int | None) -> None:
+def check_mode(mode: str, max_concurrency: int | None) -> None:
+    """Raise InvalidRequest for a mode that there is not."""
     wrong = None
     if mode not in get_args(AskMode):
         wrong = f"mode is {mode!r}; it takes 'batch' or 'realtime'"
@@ -476,7 +456,20 @@ def _check_mode(mode: str, max_concurrency: int | None) -> None:
         raise InvalidRequest(wrong, hint="see help(pl.DataFrame.llm.generate). Nothing was sent.")
 
 
-def _check_arguments(
+def policy(chosen: Settings, *, retry_failed: bool, max_cost: float | None) -> Policy:
+    """How a verb with these settings behaves."""
+    return Policy(
+        wait=chosen.on_pending == "wait",
+        poll_interval=chosen.poll_interval,
+        quiet_period=chosen.quiet_period,
+        retry_failed=retry_failed,
+        max_cost=usd(max_cost),
+        budget=chosen.max_cost,
+        budget_since=chosen.max_cost_since,
+    )
+
+
+def check_arguments(
     *,
     name: str = "response",
     output: str = "value",
@@ -484,6 +477,7 @@ def _check_arguments(
     sample: object = 0,
     max_tokens: int | None = None,
 ) -> None:
+    """Raise InvalidRequest for what no verb takes."""
     wrong = None
     if output not in get_args(Output):
         wrong = f"output is {output!r}; it takes 'value' or 'full'"

@@ -37,7 +37,9 @@ def output_tokens_max(header: RequestHeader) -> int | None:
 
 
 def sizes(backend: BatchBackend | LiveBackend, requests: Requests) -> pl.Series:
-    """Bytes of each request: at least as many as it has tokens."""
+    """Bytes of each request: at least as many as it has tokens; null where there are images among them."""
+    if requests.has_images:
+        return pl.Series([None] * requests.height, dtype=pl.Int64)
     if is_batch(backend):
         return pl.Series([len(line) for line in backend.render(requests)], dtype=pl.Int64)
     text = pl.col("prompt").str.len_bytes() + pl.col("system").str.len_bytes().fill_null(0)
@@ -154,7 +156,8 @@ def _compare(cost: float | None, reserved: float | None, limit: float, what: str
             max_cost=limit,
             reserved_usd=reserved or 0.0,
             hint="set max_tokens (an answer without a limit has no price limit), give the model's prices"
-            " (pllm.OpenAI(NAME, prices=pllm.Prices(...))), or leave max_cost out. Nothing was sent.",
+            " (pllm.OpenAI(NAME, prices=pllm.Prices(...))), or leave max_cost out (images have no bound)."
+            " Nothing was sent.",
         )
     if cost + reserved <= limit:
         return

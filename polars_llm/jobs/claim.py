@@ -120,7 +120,7 @@ def one_run(
         mode=backend.mode,
         requests=keys.height,
         owner=owner,
-        size_bytes=sum(int(s.sum()) for s in bytes_of),
+        size_bytes=sum(int(s.sum() or 0) for s in bytes_of),
         output_tokens_max=_longest(wanted),
         cost_max_usd=_sum(bound(backend, r.header, s) for r, s in zip(wanted, bytes_of, strict=True))
         if limited
@@ -163,7 +163,8 @@ def batches(
 
 
 def _longest(wanted: Sequence[Requests]) -> int | None:
-    limits = [output_tokens_max(r.header) for r in wanted]
+    # An image may be more tokens than its bytes, or its address: then nothing bounds the job.
+    limits = [None if r.has_images else output_tokens_max(r.header) for r in wanted]
     return None if None in limits else max(limit for limit in limits if limit is not None)
 
 
@@ -178,7 +179,8 @@ def _bounds(batch: Pack, backend: BatchBackend, wanted: Sequence[Requests]) -> I
     start = 0
     for r in wanted:
         end = start + r.height
-        yield bound(backend, r.header, lines.filter(pl.col("row").is_between(start, end, "left"))["size"])
+        size = lines.filter(pl.col("row").is_between(start, end, "left"))["size"]
+        yield None if r.has_images else bound(backend, r.header, size)
         start = end
 
 

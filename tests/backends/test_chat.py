@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 import polars_llm as pllm
 from polars_llm.answer import ACCOUNT, DONE, FAILED, RETRY
-from polars_llm.backends import chat
+from polars_llm.backends import chat, lines
 from polars_llm.backends.base import Options
 from polars_llm.errors import InvalidRequest
 from polars_llm.request import RequestHeader, Requests, custom_id, key_hex
@@ -172,7 +172,7 @@ def line(body: Any, status: int = 200, **more: Any) -> bytes:
 
 
 def only(raw: bytes) -> dict[str, Any]:
-    return chat.parse_lines([raw]).row(0, named=True)
+    return lines.parse([raw], chat.read_reply).row(0, named=True)
 
 
 def test_an_answer() -> None:
@@ -191,6 +191,7 @@ def test_an_answer() -> None:
         "cache_write_tokens": None,
         "output_tokens": 4,
         "model": "m-2026",
+        "vector": None,
     }
 
 
@@ -260,7 +261,7 @@ def test_dirt_is_left_out_and_text_is_not_split() -> None:
         {"custom_id": ID, "response": {"status_code": 200, "body": completion(content="a\u2028b\u0085c")}},
         ensure_ascii=False,
     )
-    lines = [
+    made = [
         b"",
         b"\r\n",
         b"{cut",
@@ -269,7 +270,7 @@ def test_dirt_is_left_out_and_text_is_not_split() -> None:
         b"[1]",
         b"\xff\xfe",
     ]
-    parsed = chat.parse_lines(lines)
+    parsed = lines.parse(made, chat.read_reply)
     assert parsed["text"].to_list() == ["a\u2028b\u0085c"]
 
 

@@ -318,6 +318,7 @@ def test_an_answer() -> None:
         "cache_write_tokens": 100,
         "output_tokens": 4,
         "model": "m-2026",
+        "vector": None,
     }
 
 

@@ -13,6 +13,13 @@ eager: pl.DataFrame = LLMDataFrame(df).generate("prompt", model="openai/gpt-6-lu
 lazy: pl.LazyFrame = LLMLazyFrame(df.lazy()).generate(pl.col("prompt"), system="Be brief.", output="full")
 expr: pl.Expr = LLMExpr(pl.col("prompt")).generate(on_pending="wait", sample=pl.col("n"))
 series: pl.Series = LLMSeries(df["prompt"]).generate(params={"service_tier": "flex"}, stop=["\n"])
+vectors: pl.DataFrame = LLMDataFrame(df).embed("text", model="openai/text-embedding-3-small", dimensions=8)
+lazy_vectors: pl.LazyFrame = LLMLazyFrame(df.lazy()).embed(pl.col("text"), output="full", name="v")
+vector_expr: pl.Expr = LLMExpr(pl.col("text")).embed(on_pending="wait")
+vector_series: pl.Series = LLMSeries(df["prompt"]).embed(on_error="raise", params={"user": "u"})
+seen: pl.DataFrame = LLMDataFrame(df).generate("prompt", images="photo")
+seen_too: pl.Series = LLMSeries(df["prompt"]).generate(images=df["photo"])
+responses = pllm.OpenAI("gpt-6-luna", endpoint="responses", vector_length=None)
 
 typed: pl.DataFrame = LLMDataFrame(df).generate("prompt", schema={"a": pl.Int64}, retries_on_invalid=1)
 labelled: pl.DataFrame = LLMDataFrame(df).classify("prompt", ["spam", "ham"], system="Be strict.")
