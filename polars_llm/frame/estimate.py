@@ -90,10 +90,12 @@ class _Seen:
 
     def add(self, rows: pl.DataFrame) -> None:
         found = self._verb.find(rows, self._verb.keys(rows))
+        missing = self._verb.requests(rows, found).frame
+        found = found.drop("value", "reason", "retry", strict=False)
         self._rows += rows.height
         self._nulls += found["key"].null_count()
         self._found.append(found.drop_nulls("key").unique("key"))
-        self._missing.append(self._verb.requests(rows, found).frame)
+        self._missing.append(missing)
         if sum(map(len, self._known)) < _SAMPLE and rows[PROMPT].dtype == pl.String:
             done = (found["state"] == DONE).fill_null(False)
             self._known.append(found.with_columns(prompt=rows[PROMPT]).filter(done).unique("key"))

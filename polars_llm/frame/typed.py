@@ -24,8 +24,6 @@ INVALID_OUTPUT = "invalid_output"
 SEED_STEP = 1_000_003
 """A retry raises a set seed by so much: beyond what samples reach."""
 
-_FIRST = pl.lit(1, pl.UInt16)
-
 # Reasons to stop at which a text is not whole, in both protocols' words.
 _CUT = ("length", "max_tokens", "model_context_window_exceeded")
 
@@ -83,20 +81,19 @@ class Typed:
         return found
 
     def again(self, asked: Requests, results: ResultStore) -> Requests | None:
-        """The requests that follow on those whose answers came and do not fit, None if there are none."""
+        """Those requests and the ones that follow on answers which do not fit; None if none do by now."""
         frame = asked.frame
         if not self.retries or frame.is_empty():
             return None
         found = self._read(results.find(prefixes(frame)), 0, results)
         wrong = frame.filter(found["reason"].is_not_null(), pl.col("retry") < self.retries)
-        if wrong.is_empty():
-            return None
-        key = retry_key(pl.col("key").bin.encode("hex")).str.decode("hex")
-        raised = pl.col("sample") + SEED_STEP
-        return Requests(
-            asked.header,
-            wrong.with_columns(key=key, retry=pl.col("retry") + 1, sample=raised, attempt=_FIRST),
-        )
+        new = wrong.with_columns(
+            key=retry_key(pl.col("key").bin.encode("hex")).str.decode("hex"),
+            attempt=pl.lit(1, pl.UInt16),
+            sample=pl.col("sample") + SEED_STEP,
+            retry=pl.col("retry") + 1,
+        ).join(frame, on="key", how="anti")
+        return None if new.is_empty() else Requests(asked.header, pl.concat([frame, new]))
 
     def _read(self, found: pl.DataFrame, retry: int, results: ResultStore) -> pl.DataFrame:
         done = (found["state"] == DONE).fill_null(False)

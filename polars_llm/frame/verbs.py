@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeAlias, TypedDict, Unpack, ca
 
 import polars as pl
 
+from polars_llm.answer import DONE
 from polars_llm.backends.base import BatchBackend, LiveBackend, Options, is_batch
 from polars_llm.backends.hosts import is_loopback
 from polars_llm.config import OnError, OnPending, Settings, settings, usd
@@ -39,7 +40,7 @@ from polars_llm.frame.labels import FIELD, Labels, LabelsLike
 from polars_llm.frame.typed import SEED_STEP, Typed, nth_retry
 from polars_llm.images import as_sent
 from polars_llm.jobs.evaluate import Need, Pending, evaluate
-from polars_llm.jobs.lookup import Policy, unanswered
+from polars_llm.jobs.lookup import Policy, prefixes, unanswered
 from polars_llm.models import Model, resolve
 from polars_llm.pricing import is_known
 from polars_llm.request import RequestHeader, Requests, key_hex, key_prefix
@@ -208,6 +209,8 @@ class Verb:
     def requests(self, rows: pl.DataFrame, found: pl.DataFrame) -> Requests:
         """The distinct requests among `rows` that have no answer."""
         missing = found["key"].is_in(unanswered(found, self.policy)["key"].implode())
+        if self.typed is not None:  # what was answered is not sent again as it is, whatever it says
+            missing = missing & found["reason"].is_null()
         wanted = _numbered(rows, found).with_columns(__prefix=found["key"]).filter(missing)
         wanted = wanted.unique("__prefix", keep="first", maintain_order=True)
         images: dict[str, Any] = (
@@ -270,11 +273,11 @@ def bring(wanted: Sequence[Wanted]) -> Pending:
     _refuse_on_polars_thread(wanted)
     warn_of_unknown_prices([v for v, _ in wanted if v.output == "full"])
     pending = evaluate(needs(wanted), verb.store, verb.policy)
-    while again := [
-        (v, r) for v, asked in wanted if v.typed and (r := v.typed.again(asked, v.store.results))
-    ]:
-        wanted = again
-        pending = pending.with_more(evaluate(needs(wanted), verb.store, verb.policy))
+    while more := _asked_again(wanted):
+        wanted, before = more, pending
+        policy = dataclasses.replace(verb.once().policy, spent=_spent(wanted) if verb.policy.limited else 0.0)
+        pending = evaluate(needs(wanted), verb.store, policy)
+        pending = dataclasses.replace(pending, sent=before.sent + pending.sent)
     if pending.jobs and verb.on_pending == "raise":
         raise pending.error(verb.policy.poll_interval)
     return pending
@@ -316,6 +319,23 @@ def _refuse_on_polars_thread(wanted: Sequence[Wanted]) -> None:
             hint="lf.llm.collect() asks them, or call the verb on the frame: lf.llm.generate(...)."
             " Nothing was sent.",
         )
+
+
+def _asked_again(wanted: Sequence[Wanted]) -> list[Wanted] | None:
+    """The same, and what follows on answers that came and do not fit; None if they all do."""
+    more = [v.typed.again(asked, v.store.results) if v.typed else None for v, asked in wanted]
+    if not any(more):
+        return None
+    return [(v, r or asked) for (v, asked), r in zip(wanted, more, strict=True)]
+
+
+def _spent(wanted: Sequence[Wanted]) -> float | None:
+    """What those that were answered cost, in USD; None if that is not known."""
+    results = wanted[0][0].store.results
+    keys = pl.concat([prefixes(r.frame) for _, r in wanted]).unique()
+    found = results.find(keys)
+    cost = results.read(found.filter(pl.col("state") == DONE), ["cost_usd"])["cost_usd"]
+    return None if cost.has_nulls() else float(cost.sum())
 
 
 def needs(wanted: Sequence[Wanted]) -> list[Need]:

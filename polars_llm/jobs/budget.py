@@ -94,7 +94,8 @@ def check_evaluation(
     if policy.max_cost is not None:
         shares = [(_reserved(job), n / max(job.requests, 1)) for job, n in in_flight]
         known = [usd * share for usd, share in shares if usd is not None]
-        reserved = sum(known) if len(known) == len(shares) else None
+        known_all = policy.spent is not None and len(known) == len(shares)
+        reserved = sum(known, policy.spent or 0.0) if known_all else None
         _compare(cost, reserved, policy.max_cost, f"{count:,} requests", "max_cost of this evaluation")
     check_all(cost, count, store, policy)
 

@@ -67,14 +67,6 @@ class Pending:
         """Key prefixes in flight."""
         return self.held["key"]
 
-    def with_more(self, other: Pending) -> Pending:
-        """What two evaluations left over."""
-        return Pending(
-            held=pl.concat([self.held, other.held]).unique("key"),
-            jobs=list({job.id: job for job in [*self.jobs, *other.jobs]}.values()),
-            sent=self.sent + other.sent,
-        )
-
     def error(self, next_poll: float) -> JobsPending:
         """The exception for ``on_pending="raise"``."""
         done = sum(min(job.requests, job.done + job.failed) for job in self.jobs)

@@ -35,6 +35,8 @@ class Policy:
         Send again what failed for good.
     max_cost
         The most that one evaluation may cost, in flight included, in USD.
+    spent
+        What the evaluation has cost before this part of it, in USD; None if that is not known.
     budget, budget_since
         The most that everything under this cache may cost, in flight and spent since that time, in USD.
     """
@@ -45,6 +47,7 @@ class Policy:
     max_attempts: int = 3
     retry_failed: bool = False
     max_cost: float | None = None
+    spent: float | None = 0.0
     budget: float | None = None
     budget_since: datetime | None = None
 

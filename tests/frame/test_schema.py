@@ -311,6 +311,45 @@ def test_system_and_sample_per_row_stay_with_the_retry() -> None:
     assert out["response"].struct.field("key").n_unique() == 3
 
 
+def test_an_estimate_follows_the_retries(df: pl.DataFrame) -> None:
+    options: dict[str, Any] = {"model": MODEL, "schema": REVIEW, "max_tokens": 50}
+
+    def facts(**more: Any) -> dict[str, Any]:
+        return df.llm.estimate("prompt", **options, **more).row(0, named=True)
+
+    with testing.provider(model=Third(2)) as provider:
+        assert facts()["to_send"] == 2
+        with pytest.warns(pllm.LLMWarning, match="invalid_output"):
+            collected(df, max_tokens=50)
+        assert facts(retry_failed=True)["to_send"] == 0
+        now = facts()
+        assert (now["cached"], now["failed"], now["to_send"]) == (1, 1, 0)
+        now = facts(retries_on_invalid=1)
+        assert (now["cached"], now["failed"], now["to_send"]) == (1, 0, 1)
+        collected(df, max_tokens=50, retries_on_invalid=1)
+        now = facts(retries_on_invalid=1)
+        assert (now["cached"], now["failed"], now["to_send"]) == (2, 0, 0)
+        assert provider.bill().billed == 3
+        labels = df.llm.estimate("prompt", ["good", "bad"], verb="classify", model=MODEL, max_tokens=9)
+        assert labels["to_send"].to_list() == [2]
+
+
+def test_retries_count_against_max_cost() -> None:
+    frame = pl.DataFrame({"prompt": ["A bad day."]})
+    model = pllm.OpenAI("gpt-6-luna", prices=pllm.Prices(input=1, output=4))
+    options: dict[str, Any] = {"model": model, "max_tokens": 50}
+    bound = frame.llm.estimate("prompt", schema=REVIEW, **options)["cost_usd_max"][0]
+    with testing.provider(model=lambda request: "x" * 190) as provider:
+        with pytest.raises(pllm.BudgetExceeded) as exceeded:
+            collected(frame, **options, retries_on_invalid=3, max_cost=bound * 1.1)
+        assert exceeded.value.cost_usd == pytest.approx(bound, rel=0.01)
+        assert exceeded.value.reserved_usd == pytest.approx(provider.bill().cost_usd)
+        assert provider.bill().billed == 1
+        with pytest.warns(pllm.LLMWarning, match="invalid_output 1"):
+            collected(frame, **options, retries_on_invalid=3, max_cost=bound * 3)
+        assert provider.bill().billed == 4
+
+
 KILLED = """
 import polars as pl, polars_llm as pllm
 from polars_llm.backends.anthropic import AnthropicBatch
