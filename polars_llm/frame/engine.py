@@ -90,7 +90,7 @@ def drive(run: Callable[[], T], plans: Sequence[pl.LazyFrame], on_pending: OnPen
 
 def _driven(run: Callable[[], T], plans: Sequence[pl.LazyFrame], on_pending: OnPending) -> tuple[T, bool]:
     asked: collections.Counter[int] = collections.Counter()
-    again = False
+    again, retries = False, 0
     while True:
         staged = Staged(again=again, strict=any(_writes(lf) for lf in plans))
         result, complete = _one_pass(run, plans, staged)
@@ -98,7 +98,8 @@ def _driven(run: Callable[[], T], plans: Sequence[pl.LazyFrame], on_pending: OnP
             _report(staged)
             return result, True  # type: ignore[return-value]  # a complete pass has a result
         asked.update(staged.places)
-        retries = max((verb.typed.retries for verb, _ in staged.wanted if verb.typed), default=0)
+        # An answer that does not fit its schema is asked again in the next pass.
+        retries = max([retries, *(verb.typed.retries for verb, _ in staged.wanted if verb.typed)])
         if not staged.wanted or max(asked.values()) > _MOST_PASSES + retries:
             raise never_ends(staged.wanted)
         pending = _bring(staged.wanted, on_pending)
