@@ -175,6 +175,10 @@ class Requests:
     header: RequestHeader
     frame: pl.DataFrame
 
+    def keys_only(self) -> Requests:
+        """The same without its texts: for who remembers what was asked."""
+        return Requests(self.header, self.frame.select("key"))
+
     @property
     def height(self) -> int:
         """Number of requests."""

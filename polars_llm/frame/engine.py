@@ -23,7 +23,7 @@ from polars_llm.errors import InvalidRequest
 from polars_llm.frame.column import Failures
 from polars_llm.frame.nodes import never_ends
 from polars_llm.frame.scope import Contended, Missing, Scope, Staged
-from polars_llm.frame.verbs import Wanted, needs
+from polars_llm.frame.verbs import Wanted, needs, spent
 from polars_llm.jobs.evaluate import Pending, evaluate
 
 __all__ = ["Engine", "collect", "is_active", "sink"]
@@ -91,6 +91,7 @@ def drive(run: Callable[[], T], plans: Sequence[pl.LazyFrame], on_pending: OnPen
 def _driven(run: Callable[[], T], plans: Sequence[pl.LazyFrame], on_pending: OnPending) -> tuple[T, bool]:
     asked: collections.Counter[int] = collections.Counter()
     again, retries = False, 0
+    before: list[Wanted] = []
     while True:
         staged = Staged(again=again, strict=any(_writes(lf) for lf in plans))
         result, complete = _one_pass(run, plans, staged)
@@ -102,7 +103,8 @@ def _driven(run: Callable[[], T], plans: Sequence[pl.LazyFrame], on_pending: OnP
         retries = max([retries, *(verb.typed.retries for verb, _ in staged.wanted if verb.typed)])
         if not staged.wanted or max(asked.values()) > _MOST_PASSES + retries:
             raise never_ends(staged.wanted)
-        pending = _bring(staged.wanted, on_pending)
+        pending = _bring(staged.wanted, on_pending, before)
+        before += [(v, r.keys_only()) for v, r in staged.wanted if v.policy.max_cost is not None]
         if pending is not None and pending[0].jobs:
             if on_pending == "raise":
                 raise pending[0].error(pending[1])
@@ -145,18 +147,24 @@ def _writes(lf: pl.LazyFrame) -> bool:
     return lf.explain(optimized=False).lstrip().startswith("SINK")
 
 
-def _bring(wanted: Sequence[Wanted], on_pending: OnPending) -> tuple[Pending, float] | None:
-    """Send everything, then wait for everything; what is pending after that, and when to look again."""
+def _bring(
+    wanted: Sequence[Wanted], on_pending: OnPending, before: Sequence[Wanted]
+) -> tuple[Pending, float] | None:
+    """Send everything, then wait for everything; what is pending after that, and when to look again.
+
+    What earlier passes asked, `before`, counts against the same max_cost.
+    """
     groups: dict[Any, list[Wanted]] = {}
     for verb, requests in wanted:
         groups.setdefault((verb.cache_dir, verb.policy), []).append((verb, requests))
+    paid = {id(group): spent(group[0][0], before) for group in groups.values()}
     last: tuple[Pending, float] | None = None
     for wait in (False, True) if on_pending == "wait" else (False,):
         last = None
         for group in groups.values():
             verb = group[0][0]
             # What failed while it was sent has failed in this evaluation, and is not retried by waiting.
-            policy = dataclasses.replace(verb.policy, wait=wait)
+            policy = dataclasses.replace(verb.policy, wait=wait, spent=paid[id(group)])
             policy = dataclasses.replace(policy, retry_failed=policy.retry_failed and not wait)
             pending = evaluate(needs(group), verb.store, policy)
             if pending.jobs and last is None:

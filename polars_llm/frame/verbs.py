@@ -61,6 +61,7 @@ __all__ = [
     "classify",
     "generate",
     "needs",
+    "spent",
     "warn_of_unknown_prices",
 ]
 
@@ -275,7 +276,7 @@ def bring(wanted: Sequence[Wanted]) -> Pending:
     pending = evaluate(needs(wanted), verb.store, verb.policy)
     while more := _asked_again(wanted):
         wanted, before = more, pending
-        policy = dataclasses.replace(verb.once().policy, spent=_spent(wanted) if verb.policy.limited else 0.0)
+        policy = dataclasses.replace(verb.once().policy, spent=spent(verb, wanted))
         pending = evaluate(needs(wanted), verb.store, policy)
         pending = dataclasses.replace(pending, sent=before.sent + pending.sent)
     if pending.jobs and verb.on_pending == "raise":
@@ -329,11 +330,14 @@ def _asked_again(wanted: Sequence[Wanted]) -> list[Wanted] | None:
     return [(v, r or asked) for (v, asked), r in zip(wanted, more, strict=True)]
 
 
-def _spent(wanted: Sequence[Wanted]) -> float | None:
-    """What those that were answered cost, in USD; None if that is not known."""
-    results = wanted[0][0].store.results
-    keys = pl.concat([prefixes(r.frame) for _, r in wanted]).unique()
-    found = results.find(keys)
+def spent(verb: Verb, asked: Sequence[Wanted]) -> float | None:
+    """What requests of verbs with this one's max_cost have cost by now, in USD; None if that is not known."""
+    limit = (verb.cache_dir, verb.policy.max_cost)
+    keys = [prefixes(r.frame) for v, r in asked if (v.cache_dir, v.policy.max_cost) == limit]
+    if verb.policy.max_cost is None or not keys:
+        return 0.0
+    results = verb.store.results
+    found = results.find(pl.concat(keys).unique())
     cost = results.read(found.filter(pl.col("state") == DONE), ["cost_usd"])["cost_usd"]
     return None if cost.has_nulls() else float(cost.sum())
 

@@ -334,19 +334,26 @@ def test_an_estimate_follows_the_retries(df: pl.DataFrame) -> None:
         assert labels["to_send"].to_list() == [2]
 
 
-def test_retries_count_against_max_cost() -> None:
+@pytest.mark.parametrize("driven", [False, True])
+def test_retries_count_against_max_cost(driven: bool) -> None:
     frame = pl.DataFrame({"prompt": ["A bad day."]})
     model = pllm.OpenAI("gpt-6-luna", prices=pllm.Prices(input=1, output=4))
     options: dict[str, Any] = {"model": model, "max_tokens": 50}
+
+    def ask(**more: Any) -> pl.DataFrame:
+        if not driven:
+            return collected(frame, **options, **more)
+        return frame.lazy().llm.generate("prompt", schema=REVIEW, **options, **more).llm.collect()
+
     bound = frame.llm.estimate("prompt", schema=REVIEW, **options)["cost_usd_max"][0]
     with testing.provider(model=lambda request: "x" * 190) as provider:
         with pytest.raises(pllm.BudgetExceeded) as exceeded:
-            collected(frame, **options, retries_on_invalid=3, max_cost=bound * 1.1)
+            ask(retries_on_invalid=3, max_cost=bound * 1.1)
         assert exceeded.value.cost_usd == pytest.approx(bound, rel=0.01)
         assert exceeded.value.reserved_usd == pytest.approx(provider.bill().cost_usd)
         assert provider.bill().billed == 1
         with pytest.warns(pllm.LLMWarning, match="invalid_output 1"):
-            collected(frame, **options, retries_on_invalid=3, max_cost=bound * 3)
+            ask(retries_on_invalid=3, max_cost=bound * 3)
         assert provider.bill().billed == 4
 
 
