@@ -116,6 +116,11 @@ def body(options: Options, settings: Mapping[str, Json]) -> dict[str, Json]:
         "seed": options.seed,
     }
     chosen = {name: value for name, value in fields.items() if value is not None}
+    if options.schema is not None and "structured_outputs" in options.params:
+        raise InvalidRequest(
+            "schema and params={'structured_outputs': ...} contradict each other",
+            hint="leave one of them out. Nothing was sent.",
+        )
     if options.reasoning_effort is not None:
         raise InvalidRequest(
             "reasoning_effort is for hosted models; a model of your own takes it through its chat template",
@@ -204,9 +209,8 @@ def arguments(header: RequestHeader, sample: int) -> dict[str, Any]:
         made["seed"] += sample
     if isinstance(made.get("logit_bias"), dict):
         made["logit_bias"] = {int(token): bias for token, bias in made["logit_bias"].items()}
-    schema = getattr(header, "schema", None)
-    if schema is not None:
-        made["structured_outputs"] = {"json": schema}
+    if header.schema is not None:
+        made["structured_outputs"] = {"json": header.schema}
     return made
 
 

@@ -20,6 +20,7 @@ from polars_llm.backends.replies import REPLY_SCHEMA, Reply
 from polars_llm.errors import InvalidRequest
 from polars_llm.job import Mode
 from polars_llm.request import Json, RequestHeader, Requests
+from polars_llm.schema.rules import VLLM, worded
 
 __all__ = ["VLLMLocal"]
 
@@ -83,6 +84,7 @@ class VLLMLocal:
             body=sampling.embedding_body(options, self._settings)
             if self._endpoint == sampling.EMBEDDINGS
             else sampling.body(options, self._settings),
+            schema=worded(options.schema, VLLM) if options.schema else None,
         )
 
     def learn(self, answers: pl.LazyFrame) -> None:

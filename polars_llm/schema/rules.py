@@ -14,7 +14,7 @@ import msgspec
 
 from polars_llm.schema.shapes import refuse
 
-__all__ = ["ANTHROPIC", "OPENAI", "Rules", "worded"]
+__all__ = ["ANTHROPIC", "OPENAI", "VLLM", "Rules", "worded"]
 
 _RULES = frozenset(
     {
@@ -80,6 +80,8 @@ ANTHROPIC = Rules(
     least_items=frozenset({0, 1}),
     unions=16,
 )
+# Both grammars that vLLM chooses from take them; what they do not know they refuse.
+VLLM = Rules(provider="vLLM", constraints=_RULES, formats=_FORMATS)
 
 # OpenAI: an enum of more than 250 values may have 15,000 characters.
 _LONG_ENUM, _LONG_ENUM_CHARACTERS = 250, 15_000

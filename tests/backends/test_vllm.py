@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import polars as pl
+import pytest
 
 import polars_llm as pllm
 from polars_llm.answer import DONE
+from polars_llm.backends import sampling
 from polars_llm.backends.base import Learns, Options
 from polars_llm.request import Requests
+from polars_llm.schema import freeze
 
 
 def test_where_answers_grow_with_prompts_the_longest_come_first() -> None:
@@ -30,3 +33,15 @@ def test_where_answers_grow_with_prompts_the_longest_come_first() -> None:
     assert keys() == list(range(20))
     backend.learn(earlier)
     assert keys() == list(reversed(range(20)))
+
+
+def test_a_schema_is_kept_to_by_the_engine_and_part_of_the_key() -> None:
+    backend = pllm.VLLM("org/name").backend()
+    schema = freeze({"b": str, "a": int | None}).json
+    header = backend.header(Options(schema=schema))
+    assert header.schema == schema
+    assert sampling.arguments(header, 0)["structured_outputs"] == {"json": schema}
+    assert header.digest() != backend.header(Options()).digest()
+    assert "structured_outputs" not in sampling.arguments(backend.header(Options()), 0)
+    with pytest.raises(pllm.InvalidRequest, match="contradict"):
+        backend.header(Options(schema=schema, params={"structured_outputs": {"choice": ["a"]}}))

@@ -83,6 +83,18 @@ def test_system_prompts_reach_the_model(model: pllm.VLLM) -> None:
     assert (system["input_tokens"] > plain["input_tokens"]).all()
 
 
+def test_typed_answers(model: pllm.VLLM) -> None:
+    frame = pl.DataFrame({"q": ["Is it?", None, "Was it?", "Is it?"]})
+    schema = {"mood": pl.Enum(["good", "bad"]), "sure": bool, "stars": pl.UInt8, "seen": pl.Date}
+    out = frame.llm.generate("q", model=model, schema=schema, max_tokens=100)["response"]
+    assert out.dtype == pl.Struct(schema)
+    assert out.null_count() == 1
+    assert out[0] == out[3]
+    labels = frame.llm.classify("q", ["yes", "no"], model=model, max_tokens=30)["label"]
+    assert labels.dtype == pl.Enum(["yes", "no"])
+    assert labels.null_count() == 1
+
+
 def test_structured_output(model: pllm.VLLM) -> None:
     shape = {"type": "object", "properties": {"label": {"enum": ["good", "bad"]}}, "required": ["label"]}
     params = {"structured_outputs": {"json": {**shape, "additionalProperties": False}}}
