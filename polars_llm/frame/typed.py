@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from typing import Any
 
 import polars as pl
 
 from polars_llm.answer import DONE, FAILED
+from polars_llm.errors import InvalidRequest
 from polars_llm.jobs.lookup import prefixes
 from polars_llm.request import Requests, key_prefix, retry_key
-from polars_llm.schema import Schema
+from polars_llm.schema import Schema, freeze
 from polars_llm.store.results import ResultStore
 
 __all__ = ["INVALID_OUTPUT", "SEED_STEP", "Typed", "nth_retry"]
@@ -45,6 +47,26 @@ class Typed:
     schema: Schema
     retries: int = 0
     field: str | None = None
+
+    @classmethod
+    def of(cls, schema: Any, retries: int) -> Typed | None:
+        """What the arguments of a verb say; None without a schema.
+
+        Raises
+        ------
+        InvalidRequest
+            At call: a schema that cannot be mapped, or retries that are not a number of attempts.
+        """
+        wrong = None
+        if isinstance(retries, bool) or not isinstance(retries, int) or retries < 0:
+            wrong = f"retries_on_invalid is {retries!r}, not a number of attempts"
+        elif schema is None and retries:
+            wrong = "retries_on_invalid is for answers that do not fit a schema, and there is none"
+        if wrong:
+            raise InvalidRequest(wrong, hint="for example schema=S, retries_on_invalid=1. Nothing was sent.")
+        if schema is None:
+            return None
+        return cls(schema if isinstance(schema, Schema) else freeze(schema), retries)
 
     @property
     def dtype(self) -> pl.DataType:

@@ -44,7 +44,6 @@ from polars_llm.jobs.lookup import Policy, prefixes, unanswered
 from polars_llm.models import Model, resolve
 from polars_llm.pricing import is_known
 from polars_llm.request import RequestHeader, Requests, key_hex, key_prefix
-from polars_llm.schema import Schema, freeze
 from polars_llm.store import Store, open_store
 
 if TYPE_CHECKING:
@@ -407,7 +406,7 @@ def generate(
     refuse_hanging()
     chosen = settings(on_pending=on_pending, on_error=on_error)
     check_arguments(name=name, output=output, system=system, sample=sample, max_tokens=max_tokens)
-    typed = _typed(schema, retries_on_invalid)
+    typed = Typed.of(schema, retries_on_invalid)
     check_mode(mode, max_concurrency)
     options = Options(
         max_tokens=max_tokens,
@@ -451,19 +450,6 @@ def classify(text: IntoExpr, labels: LabelsLike, **options: Unpack[CommonOptions
     verb = generate(text, **given)
     assert verb.typed is not None
     return dataclasses.replace(verb, typed=dataclasses.replace(verb.typed, field=FIELD))
-
-
-def _typed(schema: Any, retries: int) -> Typed | None:
-    wrong = None
-    if isinstance(retries, bool) or not isinstance(retries, int) or retries < 0:
-        wrong = f"retries_on_invalid is {retries!r}, not a number of attempts"
-    elif schema is None and retries:
-        wrong = "retries_on_invalid says what to do with answers that do not fit a schema, and there is none"
-    if wrong:
-        raise InvalidRequest(wrong, hint="for example schema=S, retries_on_invalid=1. Nothing was sent.")
-    if schema is None:
-        return None
-    return Typed(schema if isinstance(schema, Schema) else freeze(schema), retries)
 
 
 def check_mode(mode: str, max_concurrency: int | None) -> None:
