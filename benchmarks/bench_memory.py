@@ -5,7 +5,7 @@
 - warm: all answers cached, ``scan_parquet -> llm.generate -> sink_parquet``, with the input in the order in
   which the answers were stored, and shuffled;
 - cold: distinct prompts, ``scan_parquet -> llm.generate -> collect``, to accepted batches;
-- none: the same file through ``scan_parquet -> sink_parquet``, and the engine's price on a query without a verb.
+- no verb: the same file through ``scan_parquet -> sink_parquet``; what `pllm.Engine` adds to a query.
 
 Each is a fresh process. Peak memory is the system's own figure (``ru_maxrss``).
 """
@@ -84,12 +84,12 @@ def warm(rows: int, place: Path) -> None:
     verb = f"source.llm.generate('prompt', model='openai/{data.MODEL}')"
     for name, source in (("stored order", "input"), ("shuffled", "shuffled")):
         facts = run(f"{verb}.sink_parquet({str(target)!r})", place / f"{source}.parquet", env)
-        _check(target, place / "input.parquet", rows)
+        _check(target, rows)
         _say(f"warm, {rows:,} rows, {name}", facts)
     _say("no verb", run(f"source.sink_parquet({str(target)!r})", place / "input.parquet", env))
 
 
-def _check(target: Path, source: Path, rows: int) -> None:
+def _check(target: Path, rows: int) -> None:
     # The answer to the nth prompt has the number n in it.
     out = pl.scan_parquet(target).select(
         pl.len().alias("rows"),
@@ -129,8 +129,8 @@ def engine(runs: int) -> None:
             spent[name].append(time.perf_counter() - started)
     base, with_us = (statistics.median(s) for s in spent.values())
     print(
-        f"a query without a verb: {base * 1e6:,.0f} us on Polars' engine, {with_us * 1e6:,.0f} us on pllm.Engine,"
-        f" ratio {with_us / base:.2f} (medians of {runs:,})"
+        f"a query without a verb: {base * 1e6:,.0f} us on Polars' engine, {with_us * 1e6:,.0f} us on"
+        f" pllm.Engine, ratio {with_us / base:.2f} (medians of {runs:,})"
     )
 
 
