@@ -131,7 +131,7 @@ class VLLMLocal:
         """Asks in order, a pack at a time."""
         order = self._order
         if order == "auto" and self._endpoint == sampling.EMBEDDINGS:
-            order = "length"  # nothing is generated, and a batch of encoders is as long as its longest text
+            order = "length"  # for builds that pad to the longest of a batch; others do not mind
         guess = expected_lengths(requests.frame, self._answered)
         plan = arrange(requests.frame, order, budget=_PACK_TOKENS, expected=guess)
         template = sampling.template_arguments(requests.header)
