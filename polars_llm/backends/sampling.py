@@ -127,8 +127,9 @@ def body(options: Options, settings: Mapping[str, Json]) -> dict[str, Json]:
             hint="params={'chat_template_kwargs': {'enable_thinking': False}}, or what the template of your"
             " model calls it. Nothing was sent.",
         )
+    ours = chosen.keys() | ({"structured_outputs"} if options.schema else set())
     for name in options.params:
-        if name in chosen:
+        if name in ours:
             raise InvalidRequest(
                 f"params={{{name!r}: ...}} is set by the verb itself",
                 hint=f"leave {name!r} out of params. Nothing was sent.",

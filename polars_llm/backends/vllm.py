@@ -76,6 +76,8 @@ class VLLMLocal:
 
     def header(self, options: Options) -> RequestHeader:
         """What is constant over a column."""
+        embeds = self._endpoint == sampling.EMBEDDINGS
+        body = sampling.embedding_body if embeds else sampling.body
         return RequestHeader(
             provider=self.provider,
             base_url=None,

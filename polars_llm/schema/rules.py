@@ -80,8 +80,13 @@ ANTHROPIC = Rules(
     least_items=frozenset({0, 1}),
     unions=16,
 )
-# Both grammars that vLLM chooses from take them; what they do not know they refuse.
-VLLM = Rules(provider="vLLM", constraints=_RULES, formats=_FORMATS)
+# xgrammar 0.2 as vLLM 0.32 takes it (v1/structured_output/backend_xgrammar.py): no multipleOf, and no pattern
+# beside a length.
+VLLM = Rules(
+    provider="vLLM",
+    constraints=_RULES - {"minLength", "maxLength", "multipleOf"},
+    formats=_FORMATS | {"uri"},
+)
 
 # OpenAI: an enum of more than 250 values may have 15,000 characters.
 _LONG_ENUM, _LONG_ENUM_CHARACTERS = 250, 15_000

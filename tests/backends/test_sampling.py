@@ -16,6 +16,11 @@ from polars_llm.backends.base import Options
 from polars_llm.backends.weights import directory_digest
 from polars_llm.request import RequestHeader
 
+SCHEMA = (
+    '{"type":"object","properties":{"n":{"type":"integer","multipleOf":2,"minimum":1}},"required":["n"],'
+    '"additionalProperties":false}'
+)
+
 
 def header(model: pllm.VLLM, **options: Any) -> RequestHeader:
     return model.backend().header(Options(**options))
@@ -135,6 +140,7 @@ def test_a_chat_template_in_a_file_enters_as_its_text(tmp_path: Path) -> None:
         ({"temperature": -1.0}, "temperature"),
         ({"temperature": 0.5, "params": {"temperature": 1.0}}, "set by the verb"),
         ({"reasoning_effort": "low"}, "chat_template_kwargs"),
+        ({"schema": SCHEMA, "params": {"structured_outputs": {"choice": ["a"]}}}, "set by the verb"),
     ],
 )
 def test_unknown_and_wrong_parameters_are_refused_at_the_call(options: dict[str, Any], word: str) -> None:
@@ -188,3 +194,11 @@ def test_without_the_package_the_error_says_what_to_install(monkeypatch: pytest.
     with pytest.raises(ImportError, match=r"pip install 'polars-llm-batch\[vllm\]'"):
         pl.DataFrame({"q": ["a"]}).llm.generate("q", model="vllm/org/name")
     assert pllm.jobs()["state"].to_list() == ["released"]
+
+
+def test_a_schema_holds_what_the_engine_can_keep_to() -> None:
+    asked = header(pllm.VLLM("org/name"), schema=SCHEMA)
+    assert asked.schema is not None
+    assert '"minimum":1' in asked.schema
+    assert '"multipleOf"' not in asked.schema
+    assert sampling.arguments(asked, 0)["structured_outputs"] == {"json": asked.schema}

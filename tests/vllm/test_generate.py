@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import random
 import threading
 from pathlib import Path
+from typing import Annotated, Literal
 
+import msgspec
 import polars as pl
 import pytest
 
@@ -95,15 +98,35 @@ def test_typed_answers(model: pllm.VLLM) -> None:
     assert labels.null_count() == 1
 
 
-def test_structured_output(model: pllm.VLLM) -> None:
-    shape = {"type": "object", "properties": {"label": {"enum": ["good", "bad"]}}, "required": ["label"]}
-    params = {"structured_outputs": {"json": {**shape, "additionalProperties": False}}}
-    out = questions(12).llm.generate("q", model=model, max_tokens=40, params=params)
-    assert set(out["response"]) <= {'{"label":"good"}', '{"label":"bad"}'}
-    choice = questions(12).llm.generate(
-        "q", model=model, max_tokens=4, params={"structured_outputs": {"choice": ["yes", "no"]}}
-    )
-    assert set(choice["response"]) <= {"yes", "no"}
+def test_answers_keep_to_a_schema(model: pllm.VLLM) -> None:
+    @dataclasses.dataclass
+    class Review:
+        label: Literal["good", "bad"]
+        stars: Annotated[int, msgspec.Meta(ge=1, le=5)]
+
+    out = questions(12).llm.generate("q", model=model, max_tokens=40, schema=Review, name="r")
+    assert out["r"].null_count() == 0
+    fields = out["r"].struct.unnest()
+    assert set(fields["label"]) <= {"good", "bad"}
+    assert fields["stars"].is_between(1, 5).all()
+    labels = questions(12).llm.classify("q", ["spam", "ham"], model=model)
+    assert labels["label"].null_count() == 0
+    assert set(labels["label"].cast(pl.String)) <= {"spam", "ham"}
+
+
+def test_structured_outputs_by_vllms_own_names(model: pllm.VLLM) -> None:
+    choice = {"structured_outputs": {"choice": ["yes", "no"]}}
+    out = questions(12).llm.generate("q", model=model, max_tokens=4, params=choice)
+    assert set(out["response"]) <= {"yes", "no"}
+
+
+def test_a_schema_that_the_engine_cannot_keep_fails_its_rows_alone(model: pllm.VLLM) -> None:
+    unique = {
+        "structured_outputs": {"json": {"type": "array", "uniqueItems": True, "items": {"type": "string"}}}
+    }
+    with pytest.warns(pllm.LLMWarning, match="invalid_request 2"):
+        questions(2).llm.generate("q", model=model, max_tokens=4, params=unique)
+    assert questions(2).llm.generate("q", model=model, max_tokens=4)["response"].null_count() == 0
 
 
 def test_with_a_seed_samples_differ_and_repeat(
@@ -206,6 +229,7 @@ def test_not_enough_memory_names_the_two_settings(model_dir: str) -> None:
     assert "max_model_len" in str(caught.value)
     assert "kv_cache_memory_bytes" in str(caught.value)
     assert pllm.jobs()["state"].to_list() == ["released"]
+    assert threads() == []  # those that nobody used made room, and it was tried again
 
 
 def test_a_model_without_a_template_says_raw(tmp_path: Path) -> None:
