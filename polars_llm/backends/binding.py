@@ -91,7 +91,8 @@ def _construct(model: str, arguments: Mapping[str, Any]) -> vllm.LLM:
             raise ProviderError(
                 f"vLLM could not start {model}: {error}",
                 provider="vllm",
-                hint="its own log is above; VLLM_LOGGING_LEVEL=INFO says more. Nothing was asked.",
+                hint="its own log is above; VLLM_LOGGING_LEVEL=INFO says more. If it speaks of memory, set"
+                f" engine={{'max_model_len': ..., {_memory_setting()!r}: ...}}. Nothing was asked.",
             ) from error
 
 
@@ -285,8 +286,12 @@ def _is_memory(error: BaseException) -> bool:
     return False
 
 
+def _memory_setting() -> str:
+    return "kv_cache_memory_bytes" if _is_cpu() else "gpu_memory_utilization"
+
+
 def _out_of_memory(error: BaseException) -> OutOfMemory:
-    where = "kv_cache_memory_bytes" if _is_cpu() else "gpu_memory_utilization"
+    where = _memory_setting()
     return OutOfMemory(
         f"There is not enough memory for this model: {error}",
         provider="vllm",

@@ -83,9 +83,7 @@ class VLLMLocal:
             base_url=None,
             endpoint=self._endpoint,
             model=self._key_name,
-            body=sampling.embedding_body(options, self._settings)
-            if self._endpoint == sampling.EMBEDDINGS
-            else sampling.body(options, self._settings),
+            body=body(options, self._settings),
             schema=worded(options.schema, VLLM) if options.schema else None,
         )
 
