@@ -178,6 +178,19 @@ def test_watch_has_exit_codes_for_cron(capsys: pytest.CaptureFixture[str]) -> No
         assert provider.log() == []
 
 
+def test_cancel_and_abandon_in_the_terminal(capsys: pytest.CaptureFixture[str]) -> None:
+    with testing.provider(model=lambda request: request.prompt, auto=False) as provider:
+        with pytest.raises(pllm.JobsPending) as pending:
+            collected(on_pending="raise")
+        (job,) = pending.value.jobs
+        assert main(["cancel", job, "--json"]) == 0
+        assert json.loads(capsys.readouterr().out)["job"] == job
+        assert provider.batches()[0]["state"] == "cancelling"
+        assert main(["abandon", job, "--json"]) == 0
+        assert json.loads(capsys.readouterr().out)["job"] == job
+        assert main(["watch"]) == 0
+
+
 def test_watch_says_errors_without_a_traceback(
     provider: testing.Provider, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -10,6 +10,7 @@ import re
 import socket
 import struct
 import threading
+import time
 import tracemalloc
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -758,6 +759,33 @@ def test_what_never_arrived_is_sent_again_when_the_list_stays_empty(
     assert ask(pl.DataFrame({"p": ["a", "b"]})) == ["a", "b"]
     assert posts(provider) == 2
     assert len(provider.batches()) == 1
+
+
+def test_an_orphan_that_is_not_ours_is_left_alone_and_the_work_is_sent(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(AnthropicBatch, "create_timeout", 0.3)
+    df = pl.DataFrame({"p": ["a", "b"]})
+    with testing.provider(model=lambda request: request.prompt, auto=False) as provider:
+        provider.fault("drop", operation="messages.batches.create")
+        with pytest.raises(pllm.JobsPending):
+            df.llm.generate("p", model=f"anthropic/{MODEL}")
+        with connected(provider.url) as backend:
+            job = spooled(backend, tmp_path / "lines", ["x", "y"])
+            foreign = backend.create(job, tmp_path / "lines")
+        with pytest.raises(pllm.JobsPending, match="1 batches may be this one"):
+            df.llm.generate("p", model=f"anthropic/{MODEL}")
+        provider.finish(foreign)
+        deadline = time.monotonic() + 30
+        while len(provider.batches()) == 1:
+            assert time.monotonic() < deadline
+            with pytest.raises(pllm.JobsPending):
+                df.llm.generate("p", model=f"anthropic/{MODEL}")
+        provider.finish()
+        assert ask(df) == ["a", "b"]
+        assert len(provider.batches()) == 2
+        assert not provider.bill().duplicates
+        assert pllm.jobs()["batch_id"].to_list().count(foreign) == 0
 
 
 def test_the_same_requests_of_another_machine_are_taken_over(

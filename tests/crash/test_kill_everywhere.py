@@ -57,7 +57,8 @@ unlink spool/job_*.requests.jsonl | unlink spool/job_*.keys.arrow
 """
 _RESULTS = """
 create results/.*.parquet.*.tmp | fsync results/.*.parquet.*.tmp | replace results/*.parquet | fsync results
-create results/.compact.lock | unlink results/.compact.lock | unlink results/*.parquet
+create results/.compact.lock | unlink results/.compact.lock
+write results/.removals | unlink results/*.parquet
 """
 _PROTOCOLS = {
     "openai": """

@@ -314,29 +314,30 @@ def test_a_clock_that_went_back_does_not_defer_for_days(
 CHILD = f"""
 import sys
 import polars as pl, polars_llm as pllm
+from polars_llm.backends.anthropic import AnthropicBatch
 from polars_llm.backends.openai import OpenAIBatch
-OpenAIBatch.create_timeout = float(sys.argv[1])
+AnthropicBatch.create_timeout = OpenAIBatch.create_timeout = float(sys.argv[2])
 frame = pl.DataFrame({{"prompt": {PROMPTS!r}}})
-print(frame.llm.generate("prompt", model={MODEL!r}, on_pending="wait")["response"].null_count())
+print(frame.llm.generate("prompt", model=sys.argv[1], on_pending="wait")["response"].null_count())
 """
 
 
-def child(create_timeout: float = 0.5) -> subprocess.Popen[str]:
-    command = [sys.executable, "-c", CHILD, str(create_timeout)]
+def child(model: str = MODEL, create_timeout: float = 0.5) -> subprocess.Popen[str]:
+    command = [sys.executable, "-c", CHILD, model, str(create_timeout)]
     return subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=os.environ)
 
 
-def test_a_submitter_killed_after_create_is_taken_over(provider: testing.Provider) -> None:
+def test_a_submitter_killed_after_create_is_taken_over(model: str, provider: testing.Provider) -> None:
     held = provider.fault("create-then-hold", seconds=30)
-    victim = child()
+    victim = child(model, create_timeout=30)
     assert provider.held(held, seconds=20) == 1
     with pytest.raises(pllm.JobsPending):  # its submitter is alive: nobody touches the job
-        collected(on_pending="raise")
+        collected(model=model, on_pending="raise")
     assert pllm.jobs()["state"].to_list() == ["creating"]
     victim.kill()
     victim.communicate()
     provider.release(held)
-    check(provider, collected())
+    check(provider, collected(model=model))
     assert provider.bill().batches == 1
 
 
@@ -360,12 +361,12 @@ def test_the_quiet_period_counts_from_the_first_look_at_a_dead_submitter(
     assert provider.bill().batches == 1
 
 
-def test_many_processes_on_one_frame_make_one_job() -> None:
+def test_many_processes_on_one_frame_make_one_job(model: str) -> None:
     with testing.provider(model=lambda request: request.prompt, batch_seconds=0.5) as provider:
-        children = [child() for _ in range(4)]
+        children = [child(model) for _ in range(4)]
         assert [c.communicate(timeout=60)[0].strip() for c in children] == ["0"] * 4
         assert provider.bill().batches == 1
-        check(provider, collected())
+        check(provider, collected(model=model))
 
 
 def test_many_threads_on_one_frame_make_one_job(model: str, provider: testing.Provider) -> None:
