@@ -32,7 +32,6 @@ column: pl.Series = LLMSeries(df["prompt"]).classify(("spam", "ham"), on_error="
 live: pl.Series = LLMSeries(df["prompt"]).generate(mode="realtime", max_concurrency=8)
 
 model = pllm.OpenAI("gpt-6-luna", base_url="https://host.example/v1", api_key="k", host="vllm")
-model = pllm.OpenAI("gpt-6-luna", base_url="https://host.example/v1", api_key="k")
 own = pllm.VLLM("org/name", engine={"max_model_len": 8_192}, order="prefix", price_per_hour=2.5)
 local: pl.DataFrame = LLMDataFrame(df).generate("prompt", model=own)
 with pllm.Config(model=model, poll_interval=5.0, on_pending="null", on_error="raise"):
