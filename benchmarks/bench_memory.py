@@ -7,7 +7,7 @@
 - cold: distinct prompts, ``scan_parquet -> llm.generate -> collect``, to accepted batches;
 - no verb: the same file through ``scan_parquet -> sink_parquet``; what `pllm.Engine` adds to a query.
 
-Each is a fresh process. Peak memory is the system's own figure (``ru_maxrss``).
+Each is a fresh process. Peak memory is the system's own figure (VmHWM; Linux only).
 """
 
 from __future__ import annotations
@@ -27,24 +27,17 @@ from typing import Any
 
 import data
 import polars as pl
+import pyarrow as pa
+import pyarrow.parquet
 import rounds
 
-_PREPARE = """
-import sys
-from pathlib import Path
-sys.path.insert(0, {here!r})
-import polars as pl
-import data
-place = Path({place!r})
-prompts = data.write_input({rows}, place / "input.parquet")
-if {fill}:
-    data.fill_cache(place / "cache", prompts)
-    frame = pl.read_parquet(place / "input.parquet")
-    frame.sample(fraction=1, shuffle=True, seed=1).write_parquet(place / "shuffled.parquet")
-"""
+_SCHEMA = pa.schema({"id": pa.int64(), "prompt": pa.large_string()})
+_CHUNK = 500_000
+_SHARES = 20
 
-_RUN = """
-import json, resource, time
+_RUN = r"""
+import json, re, time
+from pathlib import Path
 import polars as pl
 import polars_llm as pllm
 started = time.perf_counter()
@@ -55,7 +48,7 @@ try:
 except pllm.JobsPending as pending:
     facts["jobs"] = len(pending.jobs)
 seconds = time.perf_counter() - started
-peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+peak = 1024 * int(re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())[1])
 print(json.dumps({{**facts, "seconds": seconds, "peak": peak}}))
 """
 
@@ -71,14 +64,31 @@ def run(line: str, source: Path, env: Mapping[str, str]) -> dict[str, Any]:
 
 
 def prepare(place: Path, rows: int, *, fill: bool) -> None:
-    """Input, and a cache that holds its answers; in a process whose memory does not count."""
-    script = _PREPARE.format(here=str(rounds.HERE), place=str(place), rows=rows, fill=fill)
-    subprocess.run([sys.executable, "-c", script], check=True)
+    """Input, and a cache that holds its answers; some rows at a time, for this machine may be small."""
+    with pyarrow.parquet.ParquetWriter(place / "input.parquet", _SCHEMA) as file:
+        for first in range(0, rows, _CHUNK):
+            count = min(_CHUNK, rows - first)
+            prompts = data.texts(count, seed=1, mark="p", first=first)
+            ids = pl.int_range(first, first + count, eager=True)
+            file.write_table(pl.DataFrame({"id": ids, "prompt": prompts}).to_arrow().cast(_SCHEMA))
+            if fill:
+                data.fill_cache(place / "cache", prompts, first=first)
+
+
+def shuffle(place: Path) -> None:
+    """The same rows in random order."""
+    share = pl.col("id").hash(1) % _SHARES
+    with pyarrow.parquet.ParquetWriter(place / "shuffled.parquet", _SCHEMA) as file:
+        for number in range(_SHARES):
+            part = pl.scan_parquet(place / "input.parquet").filter(share == number)
+            rows = part.collect(engine="streaming").sample(fraction=1, shuffle=True, seed=number)
+            file.write_table(rows.to_arrow().cast(_SCHEMA))
 
 
 def warm(rows: int, place: Path) -> None:
     """Everything was answered before."""
     prepare(place, rows, fill=True)
+    shuffle(place)
     env = {"POLARS_LLM_CACHE_DIR": str(place / "cache"), "OPENAI_BASE_URL": ""}
     target = place / "out.parquet"
     verb = f"source.llm.generate('prompt', model='openai/{data.MODEL}')"

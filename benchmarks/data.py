@@ -21,8 +21,8 @@ _SEGMENT = 50_000
 _LETTERS = "etaoinshrdlucmfwypvbgkjqxz"
 
 
-def texts(rows: int, *, seed: int, mark: str) -> pl.Series:
-    """Distinct texts of `CHARACTERS` characters, made of words as frequent as words are.
+def texts(rows: int, *, seed: int, mark: str, first: int = 0) -> pl.Series:
+    """Distinct texts of `CHARACTERS` characters, numbered from `first`, of words as frequent as words are.
 
     Words are drawn afresh for each row, so that the texts compress like text and not better.
     """
@@ -35,8 +35,8 @@ def texts(rows: int, *, seed: int, mark: str) -> pl.Series:
     drawn = pl.Series(chance.choices(words, weights=[1 / (i + 2) for i in range(kinds)], k=1 << 18))
     most = CHARACTERS // 2 - 20
     parts = []
-    for start in range(0, rows, _SEGMENT):
-        here = min(_SEGMENT, rows - start)
+    for start in range(first, first + rows, _SEGMENT):
+        here = min(_SEGMENT, first + rows - start)
         places = pl.int_range(start * most, (start + here) * most).hash(seed) % drawn.len()
         body = drawn.gather(pl.select(places).to_series()).reshape((here, most)).arr.join(" ")
         number = pl.int_range(start, start + here).cast(pl.String).str.zfill(10)
@@ -52,7 +52,7 @@ def write_input(rows: int, path: Path) -> pl.Series:
     return prompts
 
 
-def fill_cache(directory: Path, prompts: pl.Series) -> None:
+def fill_cache(directory: Path, prompts: pl.Series, *, first: int = 0) -> None:
     """Put an answer to each prompt into a cache, in segments as ingesting batches makes them.
 
     The model is OpenAI's own, so evaluating needs neither key nor network.
@@ -62,12 +62,12 @@ def fill_cache(directory: Path, prompts: pl.Series) -> None:
 
     store = open_store(directory)
     store.directory.prepare()
-    answers = texts(prompts.len(), seed=2, mark="a")
+    answers = texts(prompts.len(), seed=2, mark="a", first=first)
     header = header_digest()
     for start in range(0, prompts.len(), _SEGMENT):
         part = pl.DataFrame({"prompt": prompts, "text": answers}).slice(start, _SEGMENT)
         key = key_hex(header, pl.col("prompt")).str.decode("hex")
-        store.results.add(_answers(part.select("text", key=key), f"job_{start}"))
+        store.results.add(_answers(part.select("text", key=key), f"job_{first + start}"))
 
 
 def header_digest(base_url: str | None = None) -> str:
