@@ -164,7 +164,7 @@ class Pace:
             self._brakes += 1
             self._braked = now
             self._width = max(1.0, self._width / 2)
-        pause = asked if asked is not None else backoff(self._brakes - 1, first=self._first_backoff)
+        pause = max(0.0, asked or 0.0) or backoff(self._brakes - 1, first=self._first_backoff)
         self._resume = max(self._resume, now + pause)
 
 

@@ -2,7 +2,7 @@
 
 An event loop in a thread of its own does the calls, so that it works where a loop runs already (a
 notebook), and so that Ctrl+C reaches the thread that waits. What the hosts have in common is here; how
-one is called is in its own file (`openai.py`, `anthropic.py`), how fast in `pace.py`.
+one is called is in its own file (`openai.py`, `anthropic.py`), when in `gate.py`, how fast in `pace.py`.
 
 What a failure means (the verdicts are those of `base.py`):
 
@@ -18,9 +18,7 @@ import asyncio
 import contextlib
 import dataclasses
 import itertools
-import logging
 import threading
-import time
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import AbstractAsyncContextManager
 from typing import ClassVar, Protocol
@@ -28,10 +26,11 @@ from typing import ClassVar, Protocol
 import msgspec
 import polars as pl
 
-from polars_llm.answer import ACCOUNT, DONE, FAILED, RETRY
+from polars_llm.answer import ACCOUNT, FAILED, RETRY
 from polars_llm.backends.base import BatchBackend, CallFailed, Options
-from polars_llm.backends.clients import Ask, HttpReply, retry_after
-from polars_llm.backends.pace import Breaker, Pace, allowances, backoff
+from polars_llm.backends.clients import Ask, HttpReply
+from polars_llm.backends.gate import NOT_TAKEN, Gate
+from polars_llm.backends.pace import Breaker, backoff
 from polars_llm.backends.replies import Reply, failed, frame
 from polars_llm.errors import PolarsLLMError
 from polars_llm.job import Mode
@@ -43,16 +42,12 @@ __all__ = ["MAX_CONCURRENCY", "Realtime", "RealtimeHost"]
 MAX_CONCURRENCY = 32
 """Requests at once where the user does not say."""
 
-_logger = logging.getLogger("polars_llm")
-
 # A block of replies is handed over, and made durable, so often or when there are so many of them; so
 # many more may wait for that before no new requests are sent.
 _BLOCK_SECONDS, _BLOCK_REPLIES, _MOST_WAITING = 1.0, 250, 2_000
 
-_NOT_TAKEN = frozenset({425, 429, 503, 529})
 _NOT_TAKEN_TRIES = 10
 _WRONG_ADDRESS = frozenset({301, 302, 303, 307, 308, 404, 405})
-_REFUSALS_IN_A_ROW = 3
 
 
 class RealtimeHost(Protocol):
@@ -158,8 +153,13 @@ class Realtime:
         try:
             yield from work.blocks()
         except KeyboardInterrupt:
-            work.stop()
-            yield work.arrived()
+            try:
+                work.stop()
+            except (
+                KeyboardInterrupt
+            ):  # one Ctrl+C comes twice where Polars was at work: it has seen it as well
+                work.stop()
+            yield work.not_handed_over()
             raise
         finally:
             work.stop()
@@ -210,7 +210,7 @@ class _Work:
         breaker: Breaker,
     ) -> None:
         count = sum(r.height for r in requests)
-        self.gate = _Gate(settings, width, breaker)
+        self.gate = Gate(settings, width, breaker)
         self._host = host
         self._workers = min(width, count)
         self._items = _items(host, requests)
@@ -218,6 +218,7 @@ class _Work:
         again = min((int(str(a)) for a in attempts), default=1) - 1
         self._pause = backoff(again - 1, first=settings.first_backoff) if again else 0.0
         self._replies: list[Reply] = []
+        self._handed: list[Reply] = []
         self._changed = threading.Condition()
         self._ended = False
         self._error: BaseException | None = None
@@ -248,8 +249,14 @@ class _Work:
     def arrived(self) -> pl.DataFrame:
         """What has arrived since the last time."""
         with self._changed:
-            replies, self._replies = self._replies, []
-        return frame(replies)
+            self._handed, self._replies = self._replies, []
+        return frame(self._handed)
+
+    def not_handed_over(self) -> pl.DataFrame:
+        """After an interruption: what has arrived, and the last block, which may not have got through."""
+        with self._changed:
+            self._handed, self._replies = [*self._handed, *self._replies], []
+        return frame(self._handed)
 
     def stop(self) -> None:
         """End all work in flight, and wait until it has ended."""
@@ -322,7 +329,7 @@ class _Work:
                 self.gate.left(sent)
                 raise
             else:
-                taken, reply = http.status not in _NOT_TAKEN, self._read(item, http)
+                taken, reply = http.status not in NOT_TAKEN, self._read(item, http)
                 self.gate.answered(sent, http, reply)
             if taken or reply["state"] == ACCOUNT or number >= _NOT_TAKEN_TRIES:
                 return reply
@@ -341,129 +348,3 @@ class _Work:
 
 def _lost(error: CallFailed) -> Reply:
     return failed(None, "connection_lost" if error.verdict.uncertain else "no_connection", str(error), b"")
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class _Sent:
-    """A request in flight."""
-
-    amounts: dict[str, float]
-    at: float
-    trying: bool
-
-
-class _Gate:
-    """Lets requests out one by one, as fast as limits, pauses and the breaker allow. One loop's own."""
-
-    def __init__(self, settings: Realtime, width: int, breaker: Breaker) -> None:
-        self._settings = settings
-        self._pace = Pace(width, first_backoff=settings.first_backoff)
-        self._breaker = breaker
-        self._turn = asyncio.Lock()
-        self._started = time.monotonic()
-        self._taken: float | None = None
-        self._refused = 0
-        self._last: CallFailed | None = None
-        self.note = ""
-        self.problem: Exception | None = None
-        breaker.begin()
-
-    def halt(self, problem: Exception) -> None:
-        """Let no more requests out."""
-        self.problem = self.problem or problem
-
-    async def enter(self, size_bytes: int) -> _Sent | None:
-        """Wait until a request may go; None: no more do."""
-        async with self._turn:  # first come, first served
-            while self.problem is None:
-                now = time.monotonic()
-                amounts = self._pace.amounts(size_bytes)
-                stopped, full = self._breaker.wait(now), self._pace.wait(amounts, now)
-                if stopped <= 0 and full <= 0:
-                    self.note = "trying whether it goes again" if self._breaker.is_open else ""
-                    self._pace.sent(amounts)
-                    return _Sent(amounts, now, self._breaker.sent())
-                self._say(stopped, full)
-                self._check_patience(now)
-                await asyncio.sleep(min(max(stopped, full), 0.5))
-        return None
-
-    def _say(self, stopped: float, full: float) -> None:
-        if stopped > 0.5:
-            failures, seen = self._breaker.failed
-            self.note = f"{failures} of the last {seen} requests failed; trying again in {stopped:.0f} s"
-        elif full > 0.5:
-            self.note = f"the host takes no more for {full:.0f} s"
-
-    def _check_patience(self, now: float) -> None:
-        if self._pace.flying or self._last is None:
-            return
-        never = self._taken is None
-        unreachable = never and self._last.status is None
-        patience = self._settings.patience_unreachable if unreachable else self._settings.patience
-        if now - (self._started if never or self._taken is None else self._taken) > patience:
-            self.halt(self._last)
-
-    def left(self, sent: _Sent) -> None:
-        """It was cut off."""
-        self._pace.landed(sent.amounts, {}, time.monotonic())
-        self._breaker.undecided(sent.trying)
-
-    def failed(self, sent: _Sent, error: CallFailed) -> None:
-        """No reply came."""
-        now = time.monotonic()
-        self._pace.landed(sent.amounts, {}, now)
-        self._last = error
-        if not error.verdict.uncertain:
-            self._pace.brake(sent.at, None, now)
-        self._bad(sent, now, str(error))
-
-    def answered(self, sent: _Sent, http: HttpReply, reply: Reply) -> None:
-        """A reply came, of whatever kind."""
-        now = time.monotonic()
-        self._pace.landed(sent.amounts, allowances(http.headers), now)
-        if reply["state"] not in (ACCOUNT, RETRY):
-            self._good(sent, reply, now)
-            return
-        self._last = problem = self._problem(http, reply)
-        if reply["state"] == ACCOUNT:
-            self._refused += 1
-            if self._refused >= _REFUSALS_IN_A_ROW:
-                self.halt(problem)
-        elif http.status in _NOT_TAKEN:
-            self._brake(sent, problem, now)
-        if reply["state"] == ACCOUNT or http.status == 429:
-            self._breaker.undecided(sent.trying)
-        else:
-            self._bad(sent, now, f"status {http.status}")
-
-    def _brake(self, sent: _Sent, problem: CallFailed, now: float) -> None:
-        asked = problem.retry_after
-        if asked is not None and asked > self._settings.patience:
-            self.halt(problem)
-        else:
-            self._pace.brake(sent.at, asked, now)
-
-    def _good(self, sent: _Sent, reply: Reply, now: float) -> None:
-        if sent.trying:
-            _logger.warning("requests are answered again; going on")
-        self._taken, self._refused = now, 0
-        self._breaker.good(sent.trying)
-        self._pace.taken(reply.get("output_tokens") if reply["state"] == DONE else None)
-
-    def _bad(self, sent: _Sent, now: float, why: str) -> None:
-        if self._breaker.bad(sent.trying, now):
-            failures, seen = self._breaker.failed
-            _logger.warning("stopped sending: %d of the last %d requests failed (%s)", failures, seen, why)
-
-    def _problem(self, http: HttpReply, reply: Reply) -> CallFailed:
-        problem = CallFailed(
-            reply.get("error_message") or "no message",
-            provider=self._settings.provider,
-            status=http.status,
-            kind=reply.get("error"),
-            retry_after=retry_after(http.headers),
-        )
-        if reply["state"] == ACCOUNT:
-            problem.verdict = dataclasses.replace(problem.verdict, account=True)
-        return problem

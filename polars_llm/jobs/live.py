@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import time
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Generator, Sequence
 
 import polars as pl
 
@@ -86,17 +86,17 @@ def _run(job: Job, backend: LiveBackend, requests: Sequence[Requests], store: St
 
 
 def _take_all(run: _Run, blocks: Generator[pl.DataFrame, None, None], bar: Progress) -> None:
-    replies = pl.DataFrame()
     try:
-        for replies in blocks:
-            run.take(replies)
-            bar.update(run.done + run.failed, run.backend.note)
+        try:
+            for run.block in blocks:
+                run.take(run.block)
+                bar.update(run.done + run.failed, run.backend.note)
+        except KeyboardInterrupt as stop:
+            _take_the_rest(run, blocks, stop)
+            raise
     except KeyboardInterrupt as stop:
-        # What was in hand, and what had come by then, is paid for. Keeping an answer twice is harmless.
-        _in_peace(lambda: run.take(replies))
-        with contextlib.suppress(KeyboardInterrupt, StopIteration):
-            last = blocks.throw(stop)
-            _in_peace(lambda: run.take(last))
+        # One Ctrl+C comes twice where Polars was at work, which has seen it as well: perhaps in between.
+        _take_the_rest(run, blocks, stop)
         stop.add_note(
             f"polars_llm: stopped; {run.done:,} answers of {run.job.requests:,} are kept. Run the same line"
             " again to go on: only what was in flight may be paid for a second time."
@@ -104,11 +104,14 @@ def _take_all(run: _Run, blocks: Generator[pl.DataFrame, None, None], bar: Progr
         raise
 
 
-def _in_peace(keep_block: Callable[[], None]) -> None:
+def _take_the_rest(run: _Run, blocks: Generator[pl.DataFrame, None, None], stop: KeyboardInterrupt) -> None:
+    """What was in hand, and what had come by now, is paid for. Doing it again changes nothing."""
+    run.take(run.block)
     try:
-        keep_block()
-    except KeyboardInterrupt:  # one Ctrl+C comes twice where Polars was at work: it has seen it as well
-        keep_block()
+        run.block = blocks.throw(stop)
+    except (KeyboardInterrupt, StopIteration):
+        return
+    run.take(run.block)
 
 
 @dataclasses.dataclass(slots=True)
@@ -119,6 +122,7 @@ class _Run:
     backend: LiveBackend
     store: Store
     waiting: pl.DataFrame
+    block: pl.DataFrame = dataclasses.field(default_factory=pl.DataFrame)
     done: int = 0
     failed: int = 0
     noted: float = dataclasses.field(default_factory=time.monotonic)
@@ -131,15 +135,17 @@ class _Run:
         if replies.is_empty():
             return
         answers = self.waiting.join(replies, on="key", how="inner").unique("key", maintain_order=True)
-        refused = pl.col("state") == ACCOUNT
-        keep(answers.filter(~refused), self.job, self.backend, self.store)
-        self.waiting = self.waiting.join(answers, on="key", how="anti", maintain_order="left")
-        if not answers.filter(refused).is_empty():
-            self.refused = pl.concat([self.refused, answers.filter(refused)], how="diagonal")
-        self.retry = pl.concat([self.retry, answers.filter(pl.col("state") == RETRY).select("key")])
+        refused = answers.filter(pl.col("state") == ACCOUNT)
+        keep(answers.filter(pl.col("state") != ACCOUNT), self.job, self.backend, self.store)
         failed = answers.filter(pl.col("state") >= FAILED).height
+        done = answers.height - failed
+        retry = pl.concat([self.retry, answers.filter(pl.col("state") == RETRY).select("key")])
+        refused = pl.concat([self.refused, refused], how="diagonal") if refused.height else self.refused
+        waiting = self.waiting.join(answers, on="key", how="anti", maintain_order="left")
+        # All of it or nothing: no call, and so no Ctrl+C, in between.
+        self.waiting, self.retry, self.refused = waiting, retry, refused
         self.failed += failed
-        self.done += answers.height - failed
+        self.done += done
         self._note()
 
     def _note(self) -> None:

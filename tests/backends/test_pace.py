@@ -133,6 +133,13 @@ def test_a_pause_that_the_host_asks_for_is_kept() -> None:
     assert pace.wait(pace.amounts(0), 8.0) == 0
 
 
+@pytest.mark.parametrize("asked", [None, 0.0, -5.0])
+def test_a_pause_of_nothing_is_no_pause(asked: float | None) -> None:
+    pace = Pace(8)
+    pace.brake(0.0, asked, 1.0)
+    assert 0.5 <= pace.wait(pace.amounts(0), 1.0) <= 1.0
+
+
 def test_the_breaker_opens_at_more_than_half_and_closes_with_one_success() -> None:
     breaker = Breaker()
     assert not any(breaker.bad(False, 0.0) for _ in range(4))
