@@ -16,6 +16,7 @@ import logging
 import os
 import queue
 import threading
+import traceback
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -25,10 +26,12 @@ if TYPE_CHECKING:
     import vllm
     from vllm.outputs import RequestOutput
 
+__all__ = ["Ask", "Engine", "Finished", "Refused", "Run", "close", "close_all", "engine_for", "running"]
+
 _logger = logging.getLogger("polars_llm")
 
-__all__ = ["Ask", "Engine", "Finished", "Refused", "Run", "close", "close_all", "engine_for"]
-
+# How long the end of the process waits for an engine that does not answer, in seconds.
+_PATIENCE = 60.0
 # Requests that wait in the engine beside those that it works on: enough for several seconds.
 _WAITING = 256
 
@@ -155,23 +158,17 @@ class Engine:
         """True while nobody waits for answers."""
         return not self._runs and self._inbox.empty()
 
-    @contextlib.contextmanager
-    def run(self, packs: Iterator[Sequence[Ask]]) -> Iterator[Run]:
-        """Answer these; leaving early takes what is in flight back."""
-        run = Run(packs)
+    def take(self, run: Run) -> bool:
+        """Answer these too; False if it is closed already."""
         with self._door:
-            if self._gone:
-                raise binding.closed()
-            self._inbox.put(run)
-        try:
-            yield run
-        finally:
-            run.closed.set()
+            if not self._gone:
+                self._inbox.put(run)
+            return not self._gone
 
-    def close(self) -> None:
-        """Stop and free the memory; runs that still go on are told so."""
+    def close(self, patience: float | None = None) -> None:
+        """Stop and free the memory; runs that still go on are told so. Waits `patience` seconds."""
         self._inbox.put(None)
-        self._thread.join()
+        self._thread.join(patience)
 
     # What follows runs on the engine's own thread.
 
@@ -187,6 +184,7 @@ class Engine:
             while self._turn():
                 pass
         except BaseException as error:  # noqa: BLE001  # carried to everybody who waits for answers
+            traceback.clear_frames(error.__traceback__)  # whoever keeps the error keeps no engine
             stopped = binding.died(error)
         with self._door:
             self._gone = True
@@ -212,6 +210,8 @@ class Engine:
 
     def _tear_down(self) -> None:
         global _built
+        if "_llm" not in self.__dict__:  # it could not be made again
+            return
         with _building:
             _built -= 1
             binding.shut_down(self.__dict__.pop("_llm"), last=_built == 0)
@@ -302,7 +302,7 @@ class Engine:
             raise error
         _logger.warning("out of memory: the engine is made again with max_num_seqs=%d", seats)
         asked = [(run, list(run.in_flight.values())) for run in self._runs]
-        error.__traceback__ = None  # its frames hold the old engine's memory
+        traceback.clear_frames(error.__traceback__)  # they hold the old engine's memory
         self._tear_down()
         self.arguments["max_num_seqs"] = seats
         self._build()
@@ -318,6 +318,20 @@ _built = 0
 
 _engines: dict[str, Engine] = {}
 _lock = threading.Lock()
+
+
+@contextlib.contextmanager
+def running(
+    model: str, arguments: Mapping[str, Any], packs: Iterator[Sequence[Ask]], *, chat: bool
+) -> Iterator[Run]:
+    """A run of these requests; leaving early takes back what is in flight."""
+    run = Run(packs)
+    while not engine_for(model, arguments, chat=chat).take(run):
+        pass  # somebody closed it between the two
+    try:
+        yield run
+    finally:
+        run.closed.set()
 
 
 def engine_for(model: str, arguments: Mapping[str, Any], *, chat: bool) -> Engine:
@@ -368,7 +382,7 @@ def close_all() -> None:
     """Close every engine of this process; also done at exit."""
     with _lock:
         for engine in _engines.values():
-            engine.close()
+            engine.close(_PATIENCE)
         _engines.clear()
 
 

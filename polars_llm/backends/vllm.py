@@ -100,8 +100,8 @@ class VLLMLocal:
         packs = chain.from_iterable(self._packs(r) for r in requests)
         self.note = "starting the engine"
         yield pl.DataFrame(schema=_SCHEMA)  # the time to show it
-        engine = engines.engine_for(self._model, self._arguments, chat=self._endpoint == sampling.CHAT)
-        with engine.run(packs) as run:
+        chat = self._endpoint == sampling.CHAT
+        with engines.running(self._model, self._arguments, packs, chat=chat) as run:
             rows: list[Reply] = []
             since = time.monotonic()
             while not run.over:

@@ -96,3 +96,14 @@ def test_the_users_random_numbers_go_on_as_if_no_engine_had_been_made(model_dir:
     engine_of(model)
     model.close()
     assert [first, random.random()] == expected
+
+
+def test_an_engine_closed_before_it_is_asked_takes_nothing(model_dir: str) -> None:
+    from polars_llm.backends import engines
+
+    model = tiny(model_dir, {"max_num_seqs": 6})
+    closed = engine_of(model)
+    model.close()
+    assert not closed.take(engines.Run(iter([])))
+    assert questions(2).llm.generate("q", model=model, max_tokens=4)["response"].null_count() == 0
+    model.close()
