@@ -198,10 +198,6 @@ class VLLM:
         sent = None if dimensions == own else dimensions
         return asked, sent, dimensions or own or 0
 
-    def live(self, max_concurrency: int | None = None) -> VLLMLocal:
-        """The same: an engine answers while the process waits, as many at once as it has room for."""
-        return self.backend()
-
     def close(self) -> None:
         """Close the engines of this configuration, if this process has any, and free their memory."""
         pooling = copy.copy(self)
