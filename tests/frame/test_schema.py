@@ -211,6 +211,18 @@ def test_invalid_answers_are_asked_again_alone_until_one_fits(
         assert provider.bill().billed == 4
 
 
+@pytest.mark.parametrize("model", MODELS)
+def test_realtime_answers_are_typed_and_asked_again_as_well(df: pl.DataFrame, model: str) -> None:
+    asked = Third(3)
+    with testing.provider(model=asked) as provider:
+        now = df.llm.generate("prompt", model=model, schema=REVIEW, mode="realtime", retries_on_invalid=2)
+        assert now["response"].to_list() == [None if p is None else value(p) for p in PROMPTS]
+        assert provider.bill().realtime == provider.bill().billed == 4
+        provider.clear_log()
+        assert_frame_equal(collected(df, model=model, retries_on_invalid=2), now)
+        assert provider.log() == []
+
+
 @pytest.mark.parametrize("form", ["source", "expression", "pushdown"])
 def test_driven_queries_ask_again_as_well(df: pl.DataFrame, form: str) -> None:
     asked = Third(4)
