@@ -125,7 +125,12 @@ def _named_type(given: Any, path: str, above: tuple[Any, ...], notes: list[Any])
         return _mapping(given, path, above)
     if isinstance(given, type) and origin is None:
         return _class(given, path, above, notes)
-    refuse(path, f"is {_spelled(given)}, which has no dtype.", _INSTEAD.get(origin, _WORDS))
+    if dataclasses.is_dataclass(given) or _is_pydantic(type(given)):
+        refuse(path, f"is an object of {type(given).__name__}, not a class.", "pass the class itself.")
+    hint = (
+        "use str, or a dtype such as pl.String." if isinstance(given, str) else _INSTEAD.get(origin, _WORDS)
+    )
+    refuse(path, f"is {_spelled(given)}, which has no dtype.", hint)
 
 
 _WORDS = "docs/schema.md lists what can be mapped; every field needs one definite type."
