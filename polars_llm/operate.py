@@ -17,7 +17,7 @@ from polars_llm.config import settings
 from polars_llm.errors import InvalidRequest, ProviderError
 from polars_llm.job import Job, State
 from polars_llm.jobs.evaluate import advance
-from polars_llm.jobs.ingest import fetch, priced
+from polars_llm.jobs.ingest import answered, best, fetch, priced
 from polars_llm.jobs.lookup import Policy, prefixes
 from polars_llm.models import Model, for_job, of_provider
 from polars_llm.progress import Progress
@@ -292,7 +292,7 @@ def _recover_one(batch: ListedBatch, backend: BatchBackend, store: Store) -> tup
     target = store.spool.download_path(own, "jsonl")
 
     def complete(replies: pl.DataFrame) -> bool:
-        return _answered(replies) >= batch.status.done or (
+        return answered(replies) >= batch.status.done or (
             replies.is_empty() and _lines_in(target) >= batch.status.done  # all of it is somebody else's
         )
 
@@ -306,12 +306,8 @@ def _recover_one(batch: ListedBatch, backend: BatchBackend, store: Store) -> tup
         store.spool.remove(own)
     if replies.is_empty():
         return "foreign", 0
-    whole = _answered(replies) >= batch.status.done
-    return "recovered" if whole else "incomplete", _keep_new(replies, name, batch, backend, store)
-
-
-def _answered(replies: pl.DataFrame) -> int:
-    return replies.filter(pl.col("state") == DONE)["key"].n_unique()
+    whole = answered(replies) >= batch.status.done
+    return "recovered" if whole else "incomplete", _keep_new(best(replies), name, batch, backend, store)
 
 
 def _lines_in(path: Path) -> int:

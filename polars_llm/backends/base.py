@@ -90,6 +90,8 @@ class BatchStatus:
         How it ended: ``"completed"``, ``"expired"``, ``"cancelled"``; or the provider's reason.
     kind
         The provider's code for a refusal.
+    counted
+        False if the provider does not say how many are done.
     bad_lines
         1-based lines of the request file that the provider named, with its reason.
     sources
@@ -103,6 +105,7 @@ class BatchStatus:
     failed: int = 0
     why: str = ""
     kind: str | None = None
+    counted: bool = True
     bad_lines: Mapping[int, str] = dataclasses.field(default_factory=dict)
     sources: tuple[str, ...] = ()
     endpoint: str | None = None

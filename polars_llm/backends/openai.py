@@ -158,6 +158,8 @@ class OpenAIBatch:
         for batch in self._batches():
             if batch.created_at is not None and batch.created_at < oldest:
                 break
+            if batch.status == "failed":
+                continue  # nothing was billed; it may be one that the queue refused before this call
             ours = (batch.metadata or {}).get("pllm_job") == job.id
             if ours or batch.input_file_id == job.input_file_id:
                 return Found(batch_id=batch.id)
@@ -388,7 +390,12 @@ def _status(batch: Batch) -> BatchStatus:
     done = (counts.completed if counts else 0) or 0
     failed = (counts.failed if counts else 0) or 0
     look = BatchStatus(
-        phase=Phase.RUNNING, done=done, failed=failed, why=str(batch.status), endpoint=batch.endpoint
+        phase=Phase.RUNNING,
+        done=done,
+        failed=failed,
+        why=str(batch.status),
+        endpoint=batch.endpoint,
+        counted=counts is not None,
     )
     if batch.status == "failed":
         return _refused(batch, look)

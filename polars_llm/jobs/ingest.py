@@ -21,7 +21,7 @@ from polars_llm.pricing import cost_usd
 from polars_llm.store import Store
 from polars_llm.store.directory import os_errors
 
-__all__ = ["blame_account", "fetch", "ingest", "keep", "priced", "reconcile", "refuse"]
+__all__ = ["answered", "best", "blame_account", "fetch", "ingest", "keep", "priced", "reconcile", "refuse"]
 
 _DOWNLOADS = 3
 _PAUSE = 0.5
@@ -40,16 +40,15 @@ def ingest(job: Job, status: BatchStatus, backend: BatchBackend, store: Store) -
     try:
         target = store.spool.download_path(job.id, "results.jsonl")
 
-        def complete(replies: pl.DataFrame) -> bool:
-            return status.why != "completed" or keys.join(replies, on="key", how="anti").is_empty()
-
-        replies = fetch(job, status, backend, target, complete)
+        replies = fetch(job, status, backend, target, lambda found: _is_whole(found, keys, status))
     except CallFailed as error:
         if error.status not in _GONE:
             raise
         answers = _all(keys, FAILED, "results_gone", f"the provider no longer has them: {error}")
     else:
-        answers = reconcile(keys, replies, status.why)
+        # Answers that are counted but were never seen may be any of those without a line: all may be billed.
+        seen = not status.counted or answered(replies) >= status.done
+        answers = reconcile(keys, replies, status.why if seen else "completed")
     refused = answers.filter(pl.col("state") == ACCOUNT)
     keep(answers.filter(pl.col("state") != ACCOUNT), job, backend, store)
     job = _close(job, State.INGESTED, answers, store)
@@ -100,8 +99,7 @@ def reconcile(keys: pl.DataFrame, replies: pl.DataFrame, why: str) -> pl.DataFra
         How the batch ended; a request that never ran is sent again, one that vanished is not: it
         may have been billed.
     """
-    best = replies.sort("state", maintain_order=True).unique("key", keep="first", maintain_order=True)
-    joined = keys.select("key", "attempt").join(best, on="key", how="left", maintain_order="left")
+    joined = keys.select("key", "attempt").join(best(replies), on="key", how="left", maintain_order="left")
     never_ran = why in {"expired", "cancelled"}
     absent = pl.col("state").is_null()
     return joined.with_columns(
@@ -117,6 +115,11 @@ def reconcile(keys: pl.DataFrame, replies: pl.DataFrame, why: str) -> pl.DataFra
         )
         .otherwise(pl.col("error_message")),
     )
+
+
+def best(replies: pl.DataFrame) -> pl.DataFrame:
+    """One reply for each key: a success if there is one, and the first of several."""
+    return replies.sort("state", maintain_order=True).unique("key", keep="first", maintain_order=True)
 
 
 def priced(
@@ -137,6 +140,18 @@ def priced(
     return answers.with_columns(pl.when(pl.col("state") == DONE).then(cost).alias("cost_usd"))
 
 
+def answered(replies: pl.DataFrame) -> int:
+    """How many requests have an answer among these replies."""
+    return replies.filter(pl.col("state") == DONE)["key"].n_unique()
+
+
+def _is_whole(replies: pl.DataFrame, keys: pl.DataFrame, status: BatchStatus) -> bool:
+    """Nothing is missing but what never ran."""
+    if keys.join(replies, on="key", how="anti").is_empty():
+        return True
+    return status.why != "completed" and status.counted and answered(replies) >= status.done
+
+
 def fetch(
     job: Job,
     status: BatchStatus,
@@ -145,16 +160,16 @@ def fetch(
     complete: Callable[[pl.DataFrame], bool],
 ) -> pl.DataFrame:
     """Download, to `target`, until nothing is missing, a few times: a cut download can look complete."""
-    replies = pl.DataFrame()
+    found = []
     for attempt in range(_DOWNLOADS):
         if attempt:
             time.sleep(_PAUSE * 2**attempt)
         with os_errors(target):  # a full disk
             backend.download(job, status, target)
-            replies = backend.parse(_lines(target), status)
-            if complete(replies):
+            found.append(backend.parse(_lines(target), status))
+            if complete(pl.concat(found)):
                 break
-    return replies
+    return pl.concat(found)
 
 
 def _lines(path: Path) -> Iterator[bytes]:

@@ -243,6 +243,10 @@ class Interleaving(RuleBasedStateMachine):
                     self._said(lambda process=process: process.go_on(die=True))  # type: ignore[misc]
             self._world.note_faults()
             self._finish(sorted(self._needed))
+        except AssertionError as error:
+            jobs = pllm.jobs().select("job", "state", "requests", "batch_id", "reason")
+            error.add_note(f"{self._world.story()}\n{jobs.rows()}")
+            raise
         finally:
             self._standing.__exit__(None, None, None)
             for process in self._processes:

@@ -305,11 +305,16 @@ def test_killed_at_every_event(
 
     def run(worker: Worker, case: Case) -> None:
         label = f"{protocol} {scenario.name}: {case}"
-        prompts = new_prompts(label, scenario)
-        life = Life(worker, scenario, protocol, prompts)
-        died = life.until(case)
-        assert died.killed, f"{label} was not reached; {died.trace}"
-        check(worker, life.finished(), prompts, label)
+        for _ in range(5):
+            prompts = new_prompts(label, scenario)
+            life = Life(worker, scenario, protocol, prompts)
+            died = life.until(case)
+            assert died.trace is None, f"{label}\n{died.trace}"
+            check(worker, life.finished(), prompts, label)
+            if died.killed:
+                return
+            # On a busy machine the quiet period may be over sooner than in the recorded life.
+        raise AssertionError(f"{label} was not reached")
 
     number = next(n for n, r in enumerate(recordings) if (r.protocol, r.scenario) == (protocol, scenario))
     cases = cases_of(recordings[number], recordings[:number])

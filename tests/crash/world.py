@@ -86,6 +86,7 @@ class World:
         self.provider = testing.provider(model=self._answer, auto=False)
         self._directory = directory
         self._count = 0
+        self._struck: list[str] = []
         self._passed = 0.0
         self._set = 0.0
         self._uptime, self._time = clock._uptime, time.time
@@ -119,7 +120,7 @@ class World:
 
     def wait(self) -> None:
         """Show what lags; then let a long time pass."""
-        time.sleep(_LAG)
+        time.sleep(1.5 * _LAG)
         self._passed += 1_000.0
 
     def set_clock(self, days: float) -> None:
@@ -139,8 +140,19 @@ class World:
         self.provider.fault(kind, **options)
         self.figures["faults ordered"] += 1
 
+    def story(self) -> str:
+        """What the provider did, for a failure's message."""
+        batches = [
+            f"{b['id']} {b['state']} {b['counts']} {b['metadata']} {b['custom_ids']}"
+            for b in self.provider.batches()
+        ]
+        faults = [f"{f['kind']} {f['operation']} struck {f['struck']}" for f in self.provider.faults()]
+        log = [f"{seen.status} {seen.method} {seen.path}" for seen in self.provider.log()]
+        return "\n".join([*batches, *self._struck, *faults, *log])
+
     def note_faults(self) -> None:
         """No more faults; count what struck."""
+        self._struck = [f"{f['kind']} {f['options']} struck {f['struck']}" for f in self.provider.faults()]
         self.figures["faults that struck"] += sum(f["struck"] for f in self.provider.faults())
         self.provider.clear_faults()
 
@@ -162,7 +174,8 @@ def worlds(protocol: str, figures: Counter[str], directory: Path) -> Iterator[Wo
         patch.setattr(base, "_wait", lambda state: 0.0)
         patch.setenv("POLARS_LLM_QUIET_PERIOD", "60")
         for backend in (OpenAIBatch, AnthropicBatch):
-            patch.setattr(backend, "create_timeout", 5.0)
+            # Longer than a call can take on the busiest machine: a reply that is late is no fault here.
+            patch.setattr(backend, "create_timeout", 60.0)
             patch.setattr(backend, "limits", backend.limits)
         # Reading the authorities' certificates takes 35 ms each time; nothing here is encrypted.
         patch.setattr(ssl.SSLContext, "load_verify_locations", lambda *args, **options: None)

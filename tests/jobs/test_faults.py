@@ -177,6 +177,42 @@ def test_half_done_batches_keep_what_was_paid(
     assert provider.bill().accepted == 8 + round(8 * (1 - fraction))
 
 
+@pytest.mark.parametrize("fault", ["expire", "cancel"])
+@pytest.mark.parametrize("sparse", [False, True])
+def test_half_done_batches_are_read_whole(
+    model: str, provider: testing.Provider, fault: str, sparse: bool
+) -> None:
+    provider.fault(fault, fraction=0.5)
+    provider.fault("truncate", framing="close", share=0.3)
+    if sparse:
+        provider.fault("sparse", times=None)
+    check(provider, collected(model=model))
+    assert provider.bill().batches == 2
+
+
+def test_answers_of_a_half_done_batch_that_never_come_are_not_paid_again(provider: testing.Provider) -> None:
+    provider.fault("expire", fraction=0.75)
+    # Lines of the answers: those of the requests that never ran are in the other file.
+    provider.fault("missing-lines", count=5, operation="files.content", times=None)
+    with pytest.warns(pllm.LLMWarning, match="missing_result 7"):
+        out = collected()
+    assert out["response"].null_count() == 7
+    assert provider.bill().batches == 1
+
+
+def test_a_refused_batch_is_not_taken_for_the_one_that_was_lost(provider: testing.Provider) -> None:
+    """The queue was full; the second try is made, but its reply is lost and the list lags."""
+    provider.fault("token-limit")
+    for _ in range(2):
+        with pytest.raises(pllm.JobsPending):
+            collected(on_pending="raise")
+    assert pllm.jobs()["state"].to_list() == ["deferred"]
+    provider.fault("list-lag", seconds=0.4)
+    provider.fault("create-then-500")
+    check(provider, collected())
+    assert provider.bill().batches == 2
+
+
 def test_batches_that_always_expire_end_as_failures(model: str, provider: testing.Provider) -> None:
     provider.fault("expire", fraction=0.0, times=None)
     with pytest.warns(pllm.LLMWarning, match="expired 8"):
