@@ -148,6 +148,23 @@ def test_recover_resumes_what_still_runs(own_cache: Path) -> None:
         assert provider.bill().batches == 1
 
 
+@pytest.mark.parametrize("framing", ["chunked", "close"])
+@pytest.mark.parametrize("share", [0.1, 0.6])
+def test_recover_resumes_all_of_what_still_runs(own_cache: Path, framing: str, share: float) -> None:
+    with testing.provider(model=lambda request: request.prompt, auto=False) as provider:
+        with pytest.raises(pllm.JobsPending):
+            collected(on_pending="raise")
+        lose_the_cache(own_cache)
+        provider.fault("truncate", framing=framing, share=share)
+        assert pllm.recover("openai")["outcome"].to_list() == ["resumed"]
+        with pytest.raises(pllm.JobsPending):
+            collected(on_pending="raise")
+        assert provider.bill().batches == 1
+        lose_the_cache(own_cache)
+        provider.fault("gone", status=404, times=None)
+        assert pllm.recover("openai")["outcome"].to_list() == ["running"]
+
+
 def test_recover_leaves_foreign_batches_alone(provider: testing.Provider) -> None:
     import openai
 

@@ -167,17 +167,17 @@ class OpenAIBatch:
 
     def _uploaded_at(self, job: Job) -> float:
         """By the provider's clock, like the batches' own times: no two clocks are compared."""
+        assert job.input_file_id is not None
         try:
-            return retrying(lambda: self._file(job)).created_at - 1
+            return retrying(functools.partial(self._file, job.input_file_id)).created_at - 1
         except CallFailed as error:
             if error.status != 404:
                 raise
             return 0.0
 
-    def _file(self, job: Job) -> openai.types.FileObject:
-        assert job.input_file_id is not None
+    def _file(self, file_id: str) -> openai.types.FileObject:
         with self._errors():
-            return self._client().files.retrieve(job.input_file_id)
+            return self._client().files.retrieve(file_id)
 
     def status(self, job: Job) -> BatchStatus:
         """One look at the batch."""
@@ -254,9 +254,23 @@ class OpenAIBatch:
 
     def sent_custom_ids(self, batch: ListedBatch, target: Path) -> Iterator[str] | None:
         """Read back from the request file, which the provider keeps."""
-        if batch.input_file_id is None:
+        file_id = batch.input_file_id
+        if file_id is None:
             return None
-        self._fetch((batch.input_file_id,), target)
+        try:
+            size = retrying(functools.partial(self._file, file_id)).bytes
+
+            def whole() -> None:
+                self._fetch((file_id,), target)
+                # What a cut download leaves out would be sent again.
+                if target.stat().st_size < (size or 0):
+                    raise CallFailed(f"{file_id} came incomplete", provider=self.provider)
+
+            retrying(whole)
+        except CallFailed as error:
+            if error.status in {404, 410}:
+                return None
+            raise
         return custom_ids_of(target)
 
     def _batches(self) -> Iterator[Batch]:

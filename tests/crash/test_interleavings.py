@@ -224,6 +224,7 @@ class Interleaving(RuleBasedStateMachine):
         self._begin(number, call, die_at, None)
         while not outcomes:
             self._begin(number, call, None, None)
+        assert "running" not in outcomes, outcomes
 
     def _anybody_inside(self) -> bool:
         return any(p.stands for p in self._processes)
