@@ -153,6 +153,8 @@ def _step(needs: Sequence[Need], store: Store, policy: Policy) -> Pending:
     _check_money(needs, missing, store, policy)
     sent = sum(map(_send, needs, missing, [store] * len(needs), policies))
     holding = [_holding(need.keys, store) for need in needs]
+    if not any(jobs for jobs, _ in holding):
+        store.directory.prepare()  # nothing is open: done, unless the directory was removed just now
     return Pending(
         held=pl.concat([held for _, held in holding]).unique("key"),
         jobs=list({job.id: job for jobs, _ in holding for job in jobs}.values()),

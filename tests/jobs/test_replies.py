@@ -10,8 +10,6 @@ import pytest
 
 import polars_llm as pllm
 from polars_llm import testing
-from polars_llm.backends.anthropic import AnthropicBatch
-from polars_llm.backends.openai import OpenAIBatch
 from tests.conftest import MODEL
 
 MODELS = [MODEL, "anthropic/claude-haiku-5-5"]
@@ -70,7 +68,7 @@ def test_working_files_are_gone_once_the_answers_are_stored(
 
 
 def test_the_limits_are_the_documented_ones() -> None:
-    assert OpenAIBatch.limits.requests == 50_000
-    assert OpenAIBatch.limits.size_bytes <= 200_000_000
-    assert AnthropicBatch.limits.requests == 100_000
-    assert AnthropicBatch.limits.size_bytes <= 256_000_000
+    openai, anthropic = (pllm.OpenAI("x").backend().limits, pllm.Anthropic("x").backend().limits)
+    assert (openai.requests, anthropic.requests) == (50_000, 100_000)
+    assert openai.size_bytes <= 200_000_000
+    assert anthropic.size_bytes <= 256_000_000
