@@ -82,7 +82,7 @@ def _results(chosen: argparse.Namespace) -> int:
         return 0
     if not chosen.json:
         answers = answers.drop("vector")  # a thousand numbers are no cell of a table
-    _show(answers.head(chosen.limit).collect(), chosen.json)
+    _show(answers.head(chosen.limit).collect(engine="streaming"), chosen.json)
     return 0
 
 

@@ -92,7 +92,7 @@ def _costs(store: Store) -> pl.DataFrame:
         .agg(cost.alias("cost_usd"))
         .rename({"job_id": "job"})
         .filter(pl.col("job").is_not_null())
-        .collect()
+        .collect(engine="streaming")
     )
 
 

@@ -11,9 +11,10 @@ import asyncio
 import collections
 import contextlib
 import dataclasses
+import random
 import threading
 import time
-from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar, get_args
 
 import polars as pl
@@ -24,20 +25,23 @@ from polars_llm.frame.column import Failures
 from polars_llm.frame.nodes import never_ends
 from polars_llm.frame.scope import Contended, Missing, Scope, Staged
 from polars_llm.frame.verbs import Wanted, needs, spent
-from polars_llm.jobs.evaluate import Pending, evaluate
+from polars_llm.jobs.evaluate import Pending, check_money, evaluate
 
-__all__ = ["Engine", "collect", "is_active", "sink"]
+__all__ = ["Engine", "collect", "pushdown", "sink"]
 
 T = TypeVar("T")
 
 # A verb asks once its input is complete, so once is the rule; parts of an expression's column may be asked
 # one pass before the others. A verb that asks more often asks for something else each time.
 _MOST_PASSES = 2
-_PATIENCE_S = 10.0
+_PATIENCE_S = 60.0
 
 
 def collect(lf: pl.LazyFrame, on_pending: OnPending, **options: Any) -> pl.DataFrame:
     """`LazyFrame.collect`, driven."""
+    if options.get("background"):
+        settle([lf], on_pending)
+        return lf.collect(engine="streaming", **options)  # type: ignore[no-any-return]
     made: pl.DataFrame = drive(lambda: lf.collect(engine="streaming", **options), [lf], on_pending)
     return made
 
@@ -127,7 +131,7 @@ def _one_pass(run: Callable[[], T], plans: Sequence[pl.LazyFrame], staged: Stage
             if time.monotonic() > deadline:
                 raise
             staged.forget()
-            time.sleep(0.1)
+            time.sleep(random.uniform(0.05, 0.3))
         finally:
             root.close()
 
@@ -158,20 +162,42 @@ def _bring(
     for verb, requests in wanted:
         groups.setdefault((verb.cache_dir, verb.policy), []).append((verb, requests))
     paid = {id(group): spent(group[0][0], before) for group in groups.values()}
-    last: tuple[Pending, float] | None = None
+    _check_money(list(groups.values()), paid)
+    last: list[Pending] = []
+    sent = 0
     for wait in (False, True) if on_pending == "wait" else (False,):
-        last = None
+        last = []
         for group in groups.values():
             verb = group[0][0]
             # What failed while it was sent has failed in this evaluation, and is not retried by waiting.
             policy = dataclasses.replace(verb.policy, wait=wait, spent=paid[id(group)])
             policy = dataclasses.replace(policy, retry_failed=policy.retry_failed and not wait)
             pending = evaluate(needs(group), verb.store, policy)
-            if pending.jobs and last is None:
-                last = pending, policy.poll_interval
-        if last is None:
-            break
-    return last
+            sent += pending.sent
+            if pending.jobs:
+                last.append(pending)
+        if not last:
+            return None
+    together = Pending(
+        held=pl.concat([p.held for p in last]).unique("key"),
+        jobs=list({job.id: job for p in last for job in p.jobs}.values()),
+        sent=sent,
+    )
+    return together, min(verb.policy.poll_interval for verb, _ in wanted)
+
+
+def _check_money(groups: Sequence[Sequence[Wanted]], paid: Mapping[int, float | None]) -> None:
+    """Refuse before anything of any group is sent."""
+    for group in groups:
+        verb = group[0][0]
+        check_money(needs(group), verb.store, dataclasses.replace(verb.policy, spent=paid[id(group)]))
+    if len(groups) > 1:  # the limit of the cache is for all of them together
+        by_cache: dict[Any, list[Wanted]] = {}
+        for group in groups:
+            by_cache.setdefault(group[0][0].cache_dir, []).extend(group)
+        for wanted in by_cache.values():
+            verb = wanted[0][0]
+            check_money(needs(wanted), verb.store, dataclasses.replace(verb.policy, max_cost=None))
 
 
 def _report(staged: Staged) -> None:
@@ -340,7 +366,12 @@ class _Batches:
         return self.start().__arrow_c_stream__(requested_schema)
 
 
-def is_active() -> bool:
+def pushdown(asked: bool | None) -> bool | None:
+    """How an expression is built: as the user says, else pushed while our engine is the affinity (None)."""
+    return asked if asked is not None else None if _is_active() else False
+
+
+def _is_active() -> bool:
     """Is our engine what plain collects of this process use?"""
     try:
         # `pl.Config.state` names engines given by name only.

@@ -23,7 +23,7 @@ import polars as pl
 from polars.io.plugins import register_io_source
 
 from polars_llm.backends.base import is_batch
-from polars_llm.errors import PolarsLLMError, UnansweredInput
+from polars_llm.errors import InvalidRequest, PolarsLLMError, UnansweredInput
 from polars_llm.frame.column import warn
 from polars_llm.frame.estimate import CountTokens, estimate
 from polars_llm.frame.inputs import PROMPT
@@ -39,20 +39,15 @@ __all__ = ["estimated", "expression", "lazily", "never_ends", "on_frame", "on_se
 
 def on_frame(frame: pl.DataFrame, verb: Verb) -> pl.DataFrame:
     """The frame with the answers as a column."""
-    return _answer(frame, [verb], _send)
+    return _answer(frame, verb)
 
 
 def on_series(series: pl.Series, verb: Verb) -> pl.Series:
     """The answers to a series of prompts."""
-    return _answer(series.alias(PROMPT).to_frame(), [verb], _send)[verb.name]
+    return _answer(series.alias(PROMPT).to_frame(), verb)[verb.name]
 
 
 # --- what is done about missing answers -----------------------------------------------------------------
-
-
-def _send(wanted: Sequence[Wanted]) -> Pending | None:
-    """Send them now."""
-    return bring(wanted)
 
 
 class _InPlan:
@@ -140,7 +135,7 @@ def _unanswered_input(wanted: Sequence[Wanted]) -> UnansweredInput:
 
 def never_ends(wanted: Sequence[Wanted]) -> UnansweredInput:
     """The error for a plan that can't be driven to its end."""
-    names = ", ".join(repr(verb.name) for verb, _ in wanted)
+    names = ", ".join(sorted({repr(verb.name) for verb, _ in wanted})) or "A verb"
     return UnansweredInput(
         f"{names} asks for other rows in every evaluation: the plan samples, or its input changes.",
         hint="collect what it reads first, then ask. What was sent is kept and not paid for again.",
@@ -150,11 +145,15 @@ def never_ends(wanted: Sequence[Wanted]) -> UnansweredInput:
 # --- frames -------------------------------------------------------------------------------------------
 
 
-def _answer(
-    frame: pl.DataFrame, verbs: Sequence[Verb], decide: Callable[[Sequence[Wanted]], Pending | None]
-) -> pl.DataFrame:
-    """The whole frame at once, with the answers of verbs side by side."""
-    asked = [_Asked(verb, _rows(frame, verb)) for verb in verbs]
+def _answer(frame: pl.DataFrame, verb: Verb) -> pl.DataFrame:
+    """The whole frame at once, with the answers."""
+    return frame.with_columns(_answers([_Asked(verb, _rows(frame, verb))], bring, None))
+
+
+def _answers(
+    asked: Sequence[_Asked], decide: Callable[[Sequence[Wanted]], Pending | None], staged: Staged | None
+) -> list[pl.Series]:
+    """The columns of verbs side by side."""
     wanted = [(a.verb, requests) for a in asked if (requests := a.missing()) is not None]
     pending = decide(wanted) if wanted else None
     columns = []
@@ -163,9 +162,12 @@ def _answer(
             a.look_again()
         failures = a.verb.failures()
         failures.count(a.found, pending)
-        failures.report(a.verb.on_error)
+        if staged is None:
+            failures.report(a.verb.on_error)
+        else:
+            staged.failed(a.verb, failures)
         columns.append(a.verb.lay(a.found, a.rows, pending))
-    return frame.with_columns(columns)
+    return columns
 
 
 class _Asked:
@@ -198,7 +200,17 @@ def estimated(lf: pl.LazyFrame, verb: Verb, count_tokens: CountTokens | None) ->
     rows = lf.with_columns(read).select(e.meta.output_name() for e in read)
     # A frame without rows may give no batch at all.
     none = pl.DataFrame(schema=rows.collect_schema())
-    return estimate(itertools.chain([none], _batches(rows, None)), verb, count_tokens)
+    scope = Scope(staged=Staged())  # other verbs in the plan say what they want, and send nothing
+    try:
+        row = estimate(itertools.chain([none], _within(scope, rows, None)), verb, count_tokens)
+    finally:
+        scope.close()
+    if not scope.complete:
+        raise UnansweredInput(
+            f"{verb.name!r} reads answers that are not there yet: what it would send is not known.",
+            hint="estimate what it reads first, and collect that. Nothing was sent.",
+        )
+    return row
 
 
 # --- lazy frames --------------------------------------------------------------------------------------
@@ -249,15 +261,23 @@ def _schema(lf: pl.LazyFrame, verbs: Sequence[Verb]) -> pl.Schema:
 def _on_main_thread(lf: pl.LazyFrame, verbs: Sequence[Verb]) -> pl.LazyFrame:
     """A node that both engines call once, on the thread that collects, with the whole frame."""
     place = Occurrence()
+    at = mark(place)
+    # Prompts are made before the node: a filter that comes later may pass below the node, not below them.
+    asking = [_Asking(verb, f"{at}_{number}") for number, verb in enumerate(verbs)]
+    made = lf.with_columns(e for a in asking for e in a.inputs)
+    names = [n for a in asking for n in a.names]
+    whole = _schema(lf, verbs)
 
     def call(frame: pl.DataFrame) -> pl.DataFrame:
         here = _InPlan(place)
-        return _answer(frame, [here.policy_of(v) for v in verbs], here.decide)
+        asked = [_Asked(here.policy_of(a.verb), a.rows(frame)) for a in asking]
+        return frame.with_columns(_answers(asked, here.decide, here.staged)).select(*whole, *names)
 
     # Filters may only pass below where the answers are new columns: Polars would otherwise apply a
     # predicate on the old column of that name.
     fresh = not {v.name for v in verbs}.intersection(lf.collect_schema().names())
-    return lf.map_batches(call, predicate_pushdown=fresh, schema=_schema(lf, verbs))
+    schema = pl.Schema({**whole, **{n: t for n, t in made.collect_schema().items() if n in names}})
+    return made.map_batches(call, predicate_pushdown=fresh, schema=schema).select(whole.names())
 
 
 def _source(lf: pl.LazyFrame, verbs: Sequence[Verb]) -> pl.LazyFrame:
@@ -273,23 +293,24 @@ def _source(lf: pl.LazyFrame, verbs: Sequence[Verb]) -> pl.LazyFrame:
     ) -> Iterator[pl.DataFrame]:
         wanted = columns if columns is not None else _schema(lf, verbs).names()
         below, above = _split(predicate, {v.name for v in verbs})
-        upstream = lf if below is None else lf.filter(below)
-        if limit is not None and above is None:
-            upstream = upstream.head(limit)
+
+        def needed(rows: pl.LazyFrame) -> pl.LazyFrame:
+            # Where Polars hands over both, it means the first `limit` rows, and of these the filtered.
+            rows = rows if limit is None else rows.head(limit)
+            return rows if below is None else rows.filter(below)
+
         keep = set(wanted) | set(above.meta.root_names() if above is not None else ())
         asked = [v for v in verbs if v.name in keep]
-        if not asked:
-            yield from _batches(upstream.select(wanted), size)
-            return
         passed = [n for n in lf.collect_schema().names() if n in keep - {v.name for v in asked}]
-        left = limit
-        for batch in _streamed(upstream, asked, passed, size, place):
+        if not asked:
+            # One column at least: rows without any have no number.
+            rows = needed(lf).select(passed or lf.collect_schema().names()[:1])
+            batches = _batches(rows, size)
+        else:
+            batches = _streamed(lf, needed, asked, passed, size, place)
+        for batch in batches:
             out = batch if above is None else batch.filter(above)
-            out = out.select(wanted) if left is None else out.select(wanted).head(left)
-            left = None if left is None else left - out.height
-            yield out
-            if left == 0 and above is not None:
-                return
+            yield out.select(wanted) if wanted else out.drop(out.columns)
 
     def whole(*arguments: Any) -> Iterator[pl.DataFrame]:
         return iter(list(run(*arguments)))
@@ -327,11 +348,17 @@ def _conjuncts(predicate: pl.Expr) -> Iterator[pl.Expr]:
 
 
 def _batches(lf: pl.LazyFrame, size: int | None) -> Iterator[pl.DataFrame]:
-    return iter(lf.collect_batches(chunk_size=size or 100_000, maintain_order=True))
+    # The engine is named: an affinity to ours would drive this part of a plan for itself.
+    return iter(lf.collect_batches(chunk_size=size or 100_000, maintain_order=True, engine="streaming"))
 
 
 def _streamed(
-    lf: pl.LazyFrame, verbs: Sequence[Verb], passed: list[str], size: int | None, place: Occurrence
+    lf: pl.LazyFrame,
+    needed: Callable[[pl.LazyFrame], pl.LazyFrame],
+    verbs: Sequence[Verb],
+    passed: list[str],
+    size: int | None,
+    place: Occurrence,
 ) -> Iterator[pl.DataFrame]:
     """Batches of `passed` columns with the answers; all that is missing anywhere is sent together.
 
@@ -341,7 +368,9 @@ def _streamed(
     here = _InPlan(place, upstream=True)
     assert here.upstream is not None
     asking = [_Asking(here.policy_of(verb), number) for number, verb in enumerate(verbs)]
-    rows = lf.with_columns(e for a in asking for e in a.inputs)
+    # Prompts may look at other rows (shift, len): they are made before any row is left out. Where they do
+    # not, Polars moves the filter below them.
+    rows = needed(lf.with_columns(e for a in asking for e in a.inputs))
     rows = rows.select(*passed, *(e.meta.output_name() for a in asking for e in a.inputs))
     try:
         with verbs[0].store.spool.scratch() as waiting:
@@ -424,7 +453,7 @@ def _laid(
 class _Asking:
     """One of the verbs side by side, over all batches of an evaluation."""
 
-    def __init__(self, verb: Verb, number: int) -> None:
+    def __init__(self, verb: Verb, number: int | str) -> None:
         self.verb = verb
         self.failures = verb.failures()
         self.requests: list[Requests] = []
@@ -442,8 +471,12 @@ class _Asking:
         return asked
 
     def look_again(self, batch: pl.DataFrame) -> _Asked:
+        return _Asked(self.verb, self.rows(batch))
+
+    def rows(self, batch: pl.DataFrame) -> pl.DataFrame:
+        """Its inputs under the names that the verb knows."""
         names = dict(zip(self.names, self._own, strict=True))
-        return _Asked(self.verb, batch.select(pl.col(n).alias(own) for n, own in names.items()))
+        return batch.select(pl.col(n).alias(own) for n, own in names.items())
 
     def wanted(self) -> list[Wanted]:
         """What is missing, each request once."""
@@ -457,13 +490,24 @@ class _Asking:
 # --- expressions --------------------------------------------------------------------------------------
 
 
-def expression(verb: Verb, *, pushdown: bool) -> pl.Expr:
-    """The verb as an expression: on the whole column, or, with `pushdown`, on what of it is needed."""
+def expression(verb: Verb, *, pushdown: bool | None) -> pl.Expr:
+    """The verb as an expression: on the whole column, or, with `pushdown`, on what of it is needed.
+
+    None is pushed, for a driven evaluation; where it is called for a whole column plainly, it sends.
+    """
     read = verb.inputs()
+    if any(e.meta.has_multiple_outputs() for e in read):
+        raise InvalidRequest(
+            "A verb as an expression asks one column at a time",
+            hint="call it for each column, or build one prompt with pl.format. Nothing was sent.",
+        )
     own = [e.meta.output_name() for e in read]
     place = Occurrence(frozenset().union(*(inside(e) for e in read)))
     at = mark(place)
-    ask = _pushed if pushdown else functools.partial(_whole, at=at)
+    whole = functools.partial(_whole, at=at)
+    ask = (
+        whole if pushdown is False else functools.partial(_pushed, whole=whole if pushdown is None else None)
+    )
 
     def call(rows: pl.Series) -> pl.Series:
         with _rebuilt():
@@ -472,7 +516,7 @@ def expression(verb: Verb, *, pushdown: bool) -> pl.Expr:
 
     # The occurrence is found by its mark, which is the name of the first input.
     fields = pl.struct(read[0].alias(at), *read[1:])
-    made = fields.map_batches(call, return_dtype=verb.dtype, is_elementwise=pushdown)
+    made = fields.map_batches(call, return_dtype=verb.dtype, is_elementwise=pushdown is not False)
     return made.alias(verb.name)
 
 
@@ -499,9 +543,17 @@ def _whole(rows: pl.DataFrame, verb: Verb, place: Occurrence, *, at: str) -> pl.
     return _expressed(asked, pending, here)
 
 
-def _pushed(rows: pl.DataFrame, verb: Verb, place: Occurrence) -> pl.Series:
-    """Some rows, on any thread: nothing is sent from here."""
+def _pushed(
+    rows: pl.DataFrame,
+    verb: Verb,
+    place: Occurrence,
+    *,
+    whole: Callable[[pl.DataFrame, Verb, Occurrence], pl.Series] | None,
+) -> pl.Series:
+    """Some rows, on any thread: nothing is sent, unless it is the `whole` column of a plain call."""
     here = _InPlan(place)
+    if whole is not None and here.staged is None and place.on_collecting_thread:
+        return whole(rows, verb, place)
     asked = _Asked(here.policy_of(verb), rows)
     requests = asked.missing()
     if requests is not None:

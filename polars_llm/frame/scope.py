@@ -248,6 +248,11 @@ class Occurrence:
         if not scopes:
             return [scope for _, scope in planned.values()] or [_plain()]
         driven = {scope.thread for scope in scopes if scope.staged is not None}
+        if len({id(scope.staged) for scope in scopes if scope.staged is not None}) > 1:
+            raise Contended(
+                "This frame is being driven to its end on two threads.",
+                hint="run the same line again when the other one is done. Nothing was sent by this one.",
+            )
         plain = any(t not in driven and _at_work(t, evaluation) for t, (evaluation, _) in planned.items())
         if driven and (plain or self._collected_elsewhere(driven)):
             raise Contended(
@@ -258,6 +263,11 @@ class Occurrence:
 
     def _collected_elsewhere(self, driven: set[int]) -> bool:
         return self.mark is not None and any(thread not in driven for thread, _ in _collected(self.mark))
+
+    @property
+    def on_collecting_thread(self) -> bool:
+        """Is this call one on the thread that collects, and therefore for all rows?"""
+        return _collecting() is not None
 
     def join(self, scope: Scope) -> None:
         """Take part in an evaluation, until it is closed."""

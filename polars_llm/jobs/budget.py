@@ -152,7 +152,7 @@ def _compare(cost: float | None, reserved: float | None, limit: float, what: str
     if cost is None or reserved is None:
         missing = "What these requests can cost" if cost is None else "What was spent before"
         raise BudgetExceeded(
-            f"{missing} is not known, and the {name} is {limit:,.2f} USD.",
+            f"{missing} is not known, and the {name} is {limit:,g} USD.",
             cost_usd=cost,
             max_cost=limit,
             reserved_usd=reserved or 0.0,
@@ -164,7 +164,7 @@ def _compare(cost: float | None, reserved: float | None, limit: float, what: str
         return
     beside = f" beside {reserved:,.4f} USD in flight or spent" if reserved else ""
     raise BudgetExceeded(
-        f"{what} may cost up to {cost:,.4f} USD{beside}; the {name} is {limit:,.2f} USD.",
+        f"{what} may cost up to {cost:,.4f} USD{beside}; the {name} is {limit:,g} USD.",
         cost_usd=cost,
         max_cost=limit,
         reserved_usd=reserved,

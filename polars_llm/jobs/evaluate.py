@@ -28,7 +28,7 @@ from polars_llm.progress import Progress
 from polars_llm.request import Requests
 from polars_llm.store import Store
 
-__all__ = ["Need", "Pending", "advance", "evaluate"]
+__all__ = ["Need", "Pending", "advance", "check_money", "evaluate"]
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -169,6 +169,18 @@ def _advance_all(need: Need, store: Store, policy: Policy) -> Policy:
         advance(job, need.backend, store, policy)
     # A failure that came in just now was not there to be retried when this evaluation began.
     return dataclasses.replace(policy, retry_failed=False) if before else policy
+
+
+def check_money(needs: Sequence[Need], store: Store, policy: Policy) -> None:
+    """What `evaluate` checks before it sends anything, alone.
+
+    Raises
+    ------
+    BudgetExceeded
+        It may cost more than it may.
+    """
+    if policy.limited:
+        _check_money(needs, [_missing(need, store, policy) for need in needs], store, policy)
 
 
 def _check_money(

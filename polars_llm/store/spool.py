@@ -195,6 +195,7 @@ class Scratch:
         self._directory = directory
         self._file: IO[bytes] | None = None
         self._ends = [0]
+        self._frames: list[pl.DataFrame] = []
 
     def __enter__(self) -> Self:
         return self
@@ -205,6 +206,9 @@ class Scratch:
 
     def append(self, frame: pl.DataFrame) -> None:
         """Put a frame behind the others."""
+        if pl.Object in frame.dtypes:  # what only Python knows stays in memory
+            self._frames.append(frame)
+            return
         with os_errors(self._directory):
             if self._file is None:
                 self._directory.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -215,6 +219,7 @@ class Scratch:
             self._ends.append(self._file.tell())
 
     def __iter__(self) -> Iterator[pl.DataFrame]:
+        yield from self._frames
         for start, end in itertools.pairwise(self._ends):
             assert self._file is not None
             self._file.seek(start)
