@@ -376,7 +376,7 @@ def _streamed(
         with verbs[0].store.spool.scratch() as waiting:
             yield from _through(_within(here.upstream, rows, size), asking, here, waiting)
         if here.staged is not None and here.blocked:
-            here.want(_beyond_doubt(rows, asking, size))
+            here.want(_beyond_doubt(rows, asking, size, here.upstream.thread))
     finally:
         here.close()
 
@@ -388,14 +388,16 @@ def _within(scope: Scope, rows: pl.LazyFrame, size: int | None) -> Iterator[pl.D
     return _batches(rows, size)
 
 
-def _beyond_doubt(rows: pl.LazyFrame, asking: Sequence[_Asking], size: int | None) -> list[Wanted]:
+def _beyond_doubt(
+    rows: pl.LazyFrame, asking: Sequence[_Asking], size: int | None, thread: int
+) -> list[Wanted]:
     """What is missing of verbs whose own inputs do not read what is unanswered in the rows that they pass.
 
     Polars tells: where the inputs alone are selected, a verb that they do not read is not asked.
     """
     wanted: list[Wanted] = []
     for a in asking:
-        scope = Scope(staged=Staged())
+        scope = Scope(staged=Staged(), thread=thread)
         try:
             for batch in _within(scope, rows.select(a.names), size):
                 a.look(batch)

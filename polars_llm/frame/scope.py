@@ -91,9 +91,12 @@ class Staged:
 class Scope:
     """One evaluation of a plan; `outer` are those that it is a part of."""
 
-    def __init__(self, outer: Sequence[Scope] = (), staged: Staged | None = None) -> None:
+    def __init__(
+        self, outer: Sequence[Scope] = (), staged: Staged | None = None, thread: int | None = None
+    ) -> None:
         self.staged = staged
-        self.thread: int = outer[0].thread if outer else threading.get_ident()
+        # On which it is driven: parts of it run on others.
+        self.thread: int = thread or (outer[0].thread if outer else threading.get_ident())
         self._outer = tuple(outer)
         self._joined: list[Occurrence] = []
         self._unanswered: set[Occurrence] = set()
@@ -248,7 +251,7 @@ class Occurrence:
         if not scopes:
             return [scope for _, scope in planned.values()] or [_plain()]
         driven = {scope.thread for scope in scopes if scope.staged is not None}
-        if len({id(scope.staged) for scope in scopes if scope.staged is not None}) > 1:
+        if len(driven) > 1:
             raise Contended(
                 "This frame is being driven to its end on two threads.",
                 hint="run the same line again when the other one is done. Nothing was sent by this one.",

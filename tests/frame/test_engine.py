@@ -473,3 +473,105 @@ def test_ctrl_c_while_waiting(own_cache: Path, line: str) -> None:
         finally:
             child.kill()
             child.communicate()
+
+
+# --- what a new user found ------------------------------------------------------------------------------
+
+
+def chain(**options: Any) -> pl.LazyFrame:
+    """Two verbs; the second one reads the first one's answer."""
+    first = mails().llm.generate("text", name="a", **options)
+    return first.llm.generate(pl.format("again {}", "a"), name="b")
+
+
+CHAINED = ["AGAIN SEND MONEY", "AGAIN HELLO", "AGAIN MORE MONEY", None, "AGAIN GOOD BYE", "AGAIN HELLO"]
+
+
+@pytest.mark.parametrize("options", [{}, {"on_pending": "wait"}, {"mode": "realtime"}], ids=str)
+@pytest.mark.parametrize("how", ["collect", "engine", "affinity"])
+def test_any_verb_below_another_is_driven(labelling: testing.Provider, options: Any, how: str) -> None:
+    query = chain(**options)
+    with pl.Config() as config:
+        if how == "affinity":
+            config.set_engine_affinity(pllm.Engine())
+        runs = {
+            "collect": query.llm.collect,
+            "engine": lambda: query.collect(engine=pllm.Engine()),
+            "affinity": query.collect,
+        }
+        out = runs[how]()
+    assert out["b"].to_list() == CHAINED
+    assert (labelling.bill().billed, labelling.bill().duplicates) == (8, {})
+
+
+def test_the_driver_decides_what_happens_to_pending(own_cache: Path) -> None:
+    with testing.provider(model=label, auto=False) as provider:
+        started = time.monotonic()
+        with pytest.raises(pllm.JobsPending):
+            chain(on_pending="wait").llm.collect(on_pending="raise")
+        assert time.monotonic() - started < 20
+        assert sent(provider) == [4]
+
+
+def test_eager_expressions_under_the_affinity_ask_plainly(labelling: testing.Provider) -> None:
+    df = mails().collect()
+    with pl.Config() as config:
+        config.set_engine_affinity(pllm.Engine())
+        with pytest.raises(pllm.JobsPending):
+            df.with_columns(x=PUSHED.llm.generate())
+        assert df.with_columns(x=PUSHED.llm.generate())["x"].null_count() == 0
+    assert labelling.bill().batches == 1
+
+
+def test_an_estimate_sends_nothing_whatever_it_reads(labelling: testing.Provider) -> None:
+    first = mails().llm.generate("text", name="a", on_pending="wait")
+    assert first.llm.estimate("text", max_tokens=5)["to_send"].item() == 4
+    for options in ({}, {"on_pending": "wait"}, {"mode": "realtime"}):
+        below = mails().llm.generate("text", name="a", **options)  # type: ignore[arg-type]
+        with pytest.raises(pllm.UnansweredInput, match="what it would send is not known"):
+            below.llm.estimate("a")
+    assert labelling.bill().batches == 0
+    assert labelling.bill().billed == 0
+
+
+def test_a_limit_of_any_verb_refuses_before_anything_is_sent(labelling: testing.Provider) -> None:
+    priced = pllm.OpenAI("gpt-6-luna", prices=pllm.Prices(input=1, output=4))
+    query = mails().llm.generate("text", name="a", model=priced, max_tokens=5)
+    query = query.llm.generate(pl.format("{}!", "text"), name="b", model=priced, max_tokens=5, max_cost=1e-12)
+    with pytest.raises(pllm.BudgetExceeded, match="1e-12 USD"):
+        query.llm.collect()
+    query = mails().llm.generate("text", name="a", model=priced, max_tokens=5)
+    with pllm.Config(max_cost=0.00001):
+        query = query.llm.generate(
+            pl.format("{}!", "text"), name="b", model=priced, max_tokens=5, retry_failed=True
+        )
+        with pytest.raises(pllm.BudgetExceeded):
+            query.llm.collect()
+    assert labelling.log() == []
+
+
+def test_pending_jobs_of_all_verbs_are_named(labelling: testing.Provider) -> None:
+    query = mails().llm.generate("text", name="a")
+    query = query.llm.generate(pl.format("{}!", "text"), name="b", retry_failed=True)
+    with pytest.raises(pllm.JobsPending) as pending:
+        query.llm.collect(on_pending="raise")
+    assert (pending.value.requests, len(pending.value.jobs)) == (8, 2)
+    assert str(pending.value).startswith("8 requests sent now")
+
+
+@pytest.mark.filterwarnings("ignore::polars.exceptions.UnstableWarning", "ignore:background mode")
+def test_in_the_background_everything_is_there(labelling: testing.Provider) -> None:
+    query: Any = chain().llm.collect(background=True)
+    assert query.fetch_blocking()["b"].to_list() == CHAINED
+
+
+def test_two_threads_may_drive_one_frame(own_cache: Path) -> None:
+    with testing.provider(model=label) as provider:
+        query, found = chain(), []
+        threads = [threading.Thread(target=lambda: found.append(query.llm.collect())) for _ in range(3)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert [out["b"].to_list() for out in found] == [CHAINED] * 3
+        assert (provider.bill().billed, provider.bill().duplicates) == (8, {})

@@ -326,3 +326,72 @@ def test_a_plain_expression_does_not_warn(shouting: testing.Provider) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert until_there(query.collect)["answer"].drop_nulls().len() == 11
+
+
+# --- where the rows of a prompt come from ---------------------------------------------------------------
+
+ORDERS: dict[str, tuple[Any, int]] = {
+    "head, filter": (lambda lf: lf.head(6).filter(pl.col("group") != 1), 3),
+    "head, filter on the answer": (lambda lf: lf.head(4).filter(pl.col("answer") != "TEXT 1"), 4),
+    "head, filter, dropped": (lambda lf: lf.head(6).filter(pl.col("group") != 1).drop("answer"), 0),
+    "rows without columns": (lambda lf: lf.with_row_index().select(pl.len()), 0),
+    "the index alone": (lambda lf: lf.with_row_index().select("index").head(3), 0),
+}
+
+
+@pytest.mark.parametrize("engine", ["in-memory", "streaming", "driven"])
+@pytest.mark.parametrize("name", ORDERS)
+def test_what_comes_first_is_first(shouting: testing.Provider, name: str, engine: Any) -> None:
+    plan, requests = ORDERS[name]
+    if requests == 0 and "head, " not in name and pl.__version__.startswith("1."):
+        pytest.skip("Polars 1 does not count rows without columns")
+    query = plan(asked(frame()))
+    out = query.llm.collect() if engine == "driven" else until_there(lambda: query.collect(engine=engine))
+    assert_frame_equal(out, plan(said(frame())).collect())
+    assert shouting.bill().billed == requests
+
+
+OTHER_ROWS = {
+    "shift": pl.format("{}<{}", "other", pl.col("other").shift(1).fill_null("-")),
+    "len": pl.format("{}/{}", "other", pl.len()),
+}
+
+
+@pytest.mark.parametrize("options", [{}, {"on_pending": "wait"}, {"mode": "realtime"}], ids=str)
+@pytest.mark.parametrize("name", OTHER_ROWS)
+def test_prompts_that_look_at_other_rows_are_made_before_a_filter(
+    shouting: testing.Provider, name: str, options: Any
+) -> None:
+    prompt = OTHER_ROWS[name]
+    query = frame().llm.generate(prompt, name="answer", **options).filter(pl.col("n") > 8)
+    out = until_there(query.collect)
+    assert_frame_equal(out, said(frame(), prompt).filter(pl.col("n") > 8).collect())
+
+
+def test_any_dtype_waits_on_disk(shouting: testing.Provider) -> None:
+    import datetime
+    import decimal
+
+    columns = {
+        "cat": pl.Series(["a", "b"], dtype=pl.Categorical),
+        "enum": pl.Series(["a", "b"], dtype=pl.Enum(["a", "b"])),
+        "decimal": [decimal.Decimal("1.10"), None],
+        "when": [datetime.datetime(2026, 1, 1, tzinfo=datetime.UTC), None],
+        "bytes": [b"\x00", None],
+        "list": [[1, None], []],
+        "struct": [{"a": [1]}, None],
+        "array": pl.Series([[1.0, 2.0], [3.0, 4.0]], dtype=pl.Array(pl.Float32, 2)),
+        "object": pl.Series([object(), object()], dtype=pl.Object),
+        "nothing": [None, None],
+    }
+    lf = pl.DataFrame({"text": ["a", "b"], **columns}).lazy()
+    out = until_there(asked(lf).collect)
+    assert out["answer"].to_list() == ["A", "B"]
+    kept = [name for name in columns if name != "object"]
+    assert_frame_equal(out.select(kept), lf.select(kept).collect())
+    assert out["object"].to_list() == columns["object"].to_list()  # type: ignore[attr-defined]
+
+
+def test_one_column_at_a_time(shouting: testing.Provider) -> None:
+    with pytest.raises(pllm.InvalidRequest, match="one column at a time"):
+        pl.col("text", "other").llm.generate()
