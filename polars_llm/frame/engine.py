@@ -34,7 +34,9 @@ T = TypeVar("T")
 # A verb asks once its input is complete, so once is the rule; parts of an expression's column may be asked
 # one pass before the others. A verb that asks more often asks for something else each time.
 _MOST_PASSES = 2
-_PATIENCE_S = 60.0
+_PATIENCE_S = 5.0
+# Held by a thread that runs a pass again because another one was at the same frame.
+_turns = threading.Lock()
 
 
 def collect(lf: pl.LazyFrame, on_pending: OnPending, **options: Any) -> pl.DataFrame:
@@ -119,21 +121,24 @@ def _driven(run: Callable[[], T], plans: Sequence[pl.LazyFrame], on_pending: OnP
 
 def _one_pass(run: Callable[[], T], plans: Sequence[pl.LazyFrame], staged: Staged) -> tuple[T | None, bool]:
     deadline = time.monotonic() + _PATIENCE_S
-    while True:
-        root = Scope(staged=staged)
-        try:
-            with root.planning(*plans):
-                return run(), root.complete
-        except Missing:
-            return None, False
-        except Contended:
-            # Another thread evaluates the same frame just now; it is told the same.
-            if time.monotonic() > deadline:
-                raise
-            staged.forget()
-            time.sleep(random.uniform(0.05, 0.3))
-        finally:
-            root.close()
+    with contextlib.ExitStack() as turn:
+        while True:
+            root = Scope(staged=staged)
+            try:
+                with root.planning(*plans):
+                    return run(), root.complete
+            except Missing:
+                return None, False
+            except Contended:
+                # Another thread evaluates the same frame just now, and is told the same.
+                if time.monotonic() > deadline:
+                    raise
+                staged.forget()
+                turn.close()
+                time.sleep(random.uniform(0.02, 0.1))
+                turn.enter_context(_turns)
+            finally:
+                root.close()
 
 
 def _finally(run: Callable[[], T], plans: Sequence[pl.LazyFrame]) -> T:

@@ -99,6 +99,10 @@ class Scope:
         self.thread: int = thread or (outer[0].thread if outer else threading.get_ident())
         self._outer = tuple(outer)
         self._joined: list[Occurrence] = []
+        self._parts: list[Scope] = []
+        if staged is not None:
+            for scope in outer:
+                scope._parts.append(self)
         self._unanswered: set[Occurrence] = set()
         self._side_by_side: list[set[Occurrence]] = []
 
@@ -138,7 +142,10 @@ class Scope:
             _here.scope = before
 
     def close(self) -> None:
-        """It is over: its verbs no longer take part in it."""
+        """It is over, and its parts with it: its verbs no longer take part in it."""
+        # A part that was cut off is never finished by whoever began it.
+        for part in self._parts:
+            part.close()
         for verb in self._joined:
             verb.leave(self)
         self._joined.clear()

@@ -140,7 +140,7 @@ def test_a_chat_template_in_a_file_enters_as_its_text(tmp_path: Path) -> None:
         ({"temperature": -1.0}, "temperature"),
         ({"temperature": 0.5, "params": {"temperature": 1.0}}, "set by the verb"),
         ({"reasoning_effort": "low"}, "chat_template_kwargs"),
-        ({"schema": SCHEMA, "params": {"structured_outputs": {"choice": ["a"]}}}, "set by the verb"),
+        ({"schema": SCHEMA, "params": {"structured_outputs": {"choice": ["a"]}}}, "contradict"),
     ],
 )
 def test_unknown_and_wrong_parameters_are_refused_at_the_call(options: dict[str, Any], word: str) -> None:
