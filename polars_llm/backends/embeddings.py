@@ -1,9 +1,8 @@
 """The Embeddings wire form: options -> body, replies -> vectors. Pure; no SDK, no network.
 
-One input a request, so that a batch's 50,000 requests are its 50,000 inputs. OpenAI is asked for vectors
-as base64, which is the bits of its own Float32 numbers in a quarter of the bytes of their decimals; other
-hosts are asked for decimals, which all of them have. Either is read whatever was asked for. How vectors
-travel changes no answer and is not in the key, unless the user says it (``params``).
+One input a request, so that a batch's 50,000 requests are its 50,000 inputs. Vectors are asked for as
+decimals, which every host's batches have; base64 is read as well, where the user asks for it (``params``,
+then it is part of the key) or a host sends it. Otherwise how vectors travel is not in the key.
 """
 
 from __future__ import annotations
@@ -97,8 +96,7 @@ def _inputs(part: pl.DataFrame) -> Iterator[bytes]:
 
 
 def _tails(header: RequestHeader, part: pl.DataFrame) -> Iterator[bytes]:
-    travels = "base64" if header.base_url is None else "float"
-    rest = b"," + msgspec.json.encode({"encoding_format": travels, **header.body})[1:]
+    rest = b"," + msgspec.json.encode({"encoding_format": "float", **header.body})[1:]
     return itertools.repeat(rest, part.height)
 
 

@@ -49,7 +49,7 @@ def bits(column: pl.Series) -> list[bytes]:
     return [packed(vector) for vector in column.to_list()]
 
 
-def test_a_request_asks_for_base64_which_is_not_in_the_key() -> None:
+def test_a_request_asks_for_decimals_which_is_not_in_the_key() -> None:
     body = embeddings.body(Options(dimensions=8))
     assert body == {"dimensions": 8}
     header = RequestHeader(
@@ -61,16 +61,16 @@ def test_a_request_asks_for_base64_which_is_not_in_the_key() -> None:
         "custom_id": custom_id(bytes(32)),
         "method": "POST",
         "url": "/v1/embeddings",
-        "body": {"model": "m", "input": "é\u2028", "dimensions": 8, "encoding_format": "base64"},
+        "body": {"model": "m", "input": "é\u2028", "dimensions": 8, "encoding_format": "float"},
     }
 
 
 @pytest.mark.parametrize(
     ("base_url", "params", "expected"),
     [
-        (None, {}, "base64"),
+        (None, {}, "float"),
         ("https://host.example/v1", {}, "float"),
-        (None, {"encoding_format": "float"}, "float"),
+        (None, {"encoding_format": "base64"}, "base64"),
     ],
 )
 def test_how_vectors_travel(base_url: str | None, params: dict[str, Any], expected: str) -> None:
