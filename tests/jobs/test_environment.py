@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
+import subprocess
 import sys
 import tempfile
 import time
@@ -358,6 +359,15 @@ def test_a_signal_while_submitting(
     assert provider.bill().batches == 1
 
 
+def ended_by(process: subprocess.Popen[Any], number: signal.Signals) -> int:
+    """The exit status; a signal whose handler raises in the callback of a weak reference is forgotten."""
+    for _ in range(3):
+        process.send_signal(number)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            return process.wait(5)
+    raise AssertionError(f"{number} does not end it")
+
+
 @posix
 @pytest.mark.parametrize(("number", "handler", "code"), SIGNALS)
 def test_a_signal_while_waiting(
@@ -365,8 +375,7 @@ def test_a_signal_while_waiting(
 ) -> None:
     with Child(_PROCESS, model, handler) as child:
         until(lambda: not pllm.jobs(open_only=True).filter(state="submitted").is_empty(), 30)
-        child.process.send_signal(number)
-        assert child.process.wait(10) == code
+        assert ended_by(child.process, number) == code
         if number == signal.SIGINT:
             assert "job_" in child.line()
     slow.finish()
