@@ -7,7 +7,6 @@ on an interface that Polars calls unstable, and nothing else in this library doe
 
 from __future__ import annotations
 
-import asyncio
 import collections
 import contextlib
 import dataclasses
@@ -345,6 +344,8 @@ class Engine(pl.StreamingEngine):
                 "pllm.Engine does not run under gevent.\n\nHint: collect with engine='streaming', or use"
                 " asyncio. Nothing was sent."
             )
+        import asyncio  # here and not above: `import polars_llm` stays quick
+
         return asyncio.get_running_loop().run_in_executor(None, run)
 
 
