@@ -233,7 +233,11 @@ def _settling() -> Iterator[None]:
         _settled.now = False
 
 
-class Engine(pl.StreamingEngine):
+# Not there in another Polars: then `Engine` says so when it is made, and everything else goes on.
+_StreamingEngine: Any = getattr(pl, "StreamingEngine", object)
+
+
+class Engine(_StreamingEngine):  # type: ignore[misc]  # a class of Any
     """Polars' streaming engine, which answers the LLM verbs of a query together.
 
     It runs the plan, sends all requests that any verb is missing as one job for each model, waits on the
@@ -251,7 +255,7 @@ class Engine(pl.StreamingEngine):
     Raises
     ------
     InvalidRequest
-        At call: another value.
+        At call: another value, or a Polars that has no such engines.
 
     Examples
     --------
@@ -269,6 +273,11 @@ class Engine(pl.StreamingEngine):
     """
 
     def __init__(self, *, on_pending: OnPending = "wait") -> None:
+        if _StreamingEngine is object:
+            raise InvalidRequest(
+                f"Polars {pl.__version__} has no polars.StreamingEngine to build on",
+                hint="lf.llm.collect() does the same without it. Nothing was sent.",
+            )
         super().__init__()
         if on_pending not in get_args(OnPending):
             raise InvalidRequest(

@@ -151,7 +151,9 @@ def _step(needs: Sequence[Need], store: Store, policy: Policy) -> Pending:
     policies = [_advance_all(need, store, policy) for need in needs]
     missing = [_missing(need, store, p) for need, p in zip(needs, policies, strict=True)]
     _check_money(needs, missing, store, policy)
-    sent = sum(map(_send, needs, missing, [store] * len(needs), policies))
+    # Batches first: they are at work at the provider while live backends answer here.
+    turns = sorted(zip(needs, missing, policies, strict=True), key=lambda turn: not is_batch(turn[0].backend))
+    sent = sum(_send(need, wanted, store, its) for need, wanted, its in turns)
     holding = [_holding(need.keys, store) for need in needs]
     if not any(jobs for jobs, _ in holding):
         store.directory.prepare()  # nothing is open: done, unless the directory was removed just now

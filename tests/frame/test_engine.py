@@ -21,6 +21,7 @@ from polars.testing import assert_frame_equal
 
 import polars_llm as pllm
 from polars_llm import testing
+from polars_llm.frame import scope
 from tests.conftest import MODEL
 
 OTHER_MODEL = "openai/gpt-6-sol"
@@ -372,6 +373,54 @@ def test_the_base_is_the_one_this_was_written_for() -> None:
     ours = {name for name, value in vars(pl.StreamingEngine.__mro__[1]).items() if callable(value)}
     runs = {name for name in ours if name.startswith(("collect", "sink", "execute"))}
     assert runs <= set(vars(pllm.Engine)) | {"execute"}
+
+
+_WITHOUT = """
+import polars as pl
+del pl.StreamingEngine
+import polars_llm as pllm
+query = pl.LazyFrame({"t": ["a", "b"]}).llm.generate("t").llm.generate(pl.format("{}!", "response"), name="r")
+print(query.llm.collect()["r"].to_list())
+try:
+    pllm.Engine()
+except pllm.InvalidRequest as error:
+    print(str(error).splitlines()[0])
+"""
+
+
+def test_a_polars_without_engines_takes_nothing_else_away(labelling: testing.Provider) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", _WITHOUT],
+        env={**os.environ, **labelling.env, "POLARS_LLM_MODEL": MODEL},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    answers, refusal = done.stdout.splitlines()
+    assert answers == "['A!', 'B!']"
+    assert "has no polars.StreamingEngine" in refusal
+
+
+def test_the_call_that_collects_is_found_on_the_stack() -> None:
+    """A Polars that moves `Engine.collect` fails this: then plain queries know less of each other."""
+    found: list[Any] = []
+
+    def look(column: pl.Series) -> pl.Series:
+        found.append(scope._collecting())
+        return column
+
+    lf = pl.LazyFrame({"n": [1]}).with_columns(pl.col("n").map_batches(look, return_dtype=pl.Int64))
+    for engine in ("in-memory", "streaming"):
+        lf.collect(engine=engine)  # type: ignore[call-overload]
+    assert [type(frame.f_locals["lf"]) for frame in found] == [pl.LazyFrame] * 2
+
+
+def test_batches_are_sent_before_realtime_answers(labelling: testing.Provider) -> None:
+    now = mails().llm.generate("text", name="answer", mode="realtime")
+    later = mails().llm.generate(pl.format("{}?", "text"), name="answer")
+    assert pl.concat([now, later]).llm.collect()["answer"].null_count() == 2
+    calls = [seen.path for seen in labelling.log() if seen.method == "POST"]
+    assert calls.index("/v1/batches") < calls.index("/v1/chat/completions")
 
 
 def test_bad_arguments(labelling: testing.Provider) -> None:

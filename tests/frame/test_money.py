@@ -210,8 +210,10 @@ def test_a_job_made_without_a_limit_counts_as_well() -> None:
 _TWO = """
 import sys, polars as pl, polars_llm as pllm
 model = pllm.OpenAI("gpt-6-luna", prices=pllm.Prices(input=1, output=4))
-df = pl.DataFrame({"text": [f"Text {sys.argv[1]} {n}" for n in range(50)]})
+# Many rows: between the first check and the claim lies the writing of their files.
+df = pl.DataFrame({"text": [f"Text {sys.argv[1]} {n}" for n in range(20_000)]})
 most = df.llm.estimate("text", model=model, max_tokens=50)["cost_usd_max"].item()
+print("ready", flush=True)
 sys.stdin.readline()
 with pllm.Config(max_cost=1.5 * most):
     try:
@@ -231,6 +233,13 @@ def test_two_processes_share_one_budget() -> None:
             )
             for n in range(3)
         ]
-        said = [child.communicate("go\n", timeout=60)[0].strip() for child in children]
+        for child in children:
+            assert child.stdout is not None
+            assert child.stdout.readline() == "ready\n"
+        for child in children:
+            assert child.stdin is not None
+            child.stdin.write("go\n")
+            child.stdin.flush()
+        said = [child.communicate(timeout=60)[0].strip() for child in children]
         assert sorted(said) == ["refused", "refused", "sent"]
         assert provider.bill().batches == 1
