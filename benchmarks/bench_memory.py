@@ -34,6 +34,7 @@ import rounds
 _SCHEMA = pa.schema({"id": pa.int64(), "prompt": pa.large_string()})
 _CHUNK = 500_000
 _SHARES = 20
+_ROW_GROUP = 122_880  # what `sink_parquet` of Polars writes
 
 _RUN = r"""
 import json, re, time
@@ -70,7 +71,8 @@ def prepare(place: Path, rows: int, *, fill: bool) -> None:
             count = min(_CHUNK, rows - first)
             prompts = data.texts(count, seed=1, mark="p", first=first)
             ids = pl.int_range(first, first + count, eager=True)
-            file.write_table(pl.DataFrame({"id": ids, "prompt": prompts}).to_arrow().cast(_SCHEMA))
+            part = pl.DataFrame({"id": ids, "prompt": prompts}).to_arrow().cast(_SCHEMA)
+            file.write_table(part, _ROW_GROUP)
             if fill:
                 data.fill_cache(place / "cache", prompts, first=first)
 
@@ -82,7 +84,7 @@ def shuffle(place: Path) -> None:
         for number in range(_SHARES):
             part = pl.scan_parquet(place / "input.parquet").filter(share == number)
             rows = part.collect(engine="streaming").sample(fraction=1, shuffle=True, seed=number)
-            file.write_table(rows.to_arrow().cast(_SCHEMA))
+            file.write_table(rows.to_arrow().cast(_SCHEMA), _ROW_GROUP)
 
 
 def warm(rows: int, place: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -133,6 +134,56 @@ def test_recover_says_so_where_answers_are_missing(
     assert pllm.recover(model.partition("/")[0]).select("outcome", "answers").rows() == [("incomplete", 3)]
     provider.clear_faults()
     assert pllm.recover(model.partition("/")[0]).select("outcome", "answers").rows() == [("recovered", 1)]
+
+
+_RECOVER = """
+import re, sys
+import polars_llm as pllm
+done = pllm.recover(sys.argv[1])
+peak = re.search(r"VmHWM:\\s+(\\d+) kB", open("/proc/self/status").read())
+print(done["answers"].sum(), int(peak[1]) // 1024)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the peak is read from /proc")
+@pytest.mark.parametrize("model", MODELS)
+def test_the_memory_of_recover_does_not_grow_with_the_number_of_batches(
+    own_cache: Path, tmp_path: Path, model: str
+) -> None:
+    """One batch of answers is held at a time, however many there are."""
+    rows, size = 500, 16_000  # 8 MB a batch on the wire, several times that in memory
+    with testing.provider(model=lambda request: request.prompt[:8] + "x" * size) as provider:
+        peaks = []
+        for batches in (2, 10):
+            while provider.bill().batches < batches:
+                start = provider.bill().batches * rows
+                frame = pl.DataFrame({"prompt": [f"{n:08d}" for n in range(start, start + rows)]})
+                frame.llm.generate("prompt", model=model, on_pending="wait")
+            place = tmp_path / str(batches)
+            done = subprocess.run(
+                [sys.executable, "-c", _RECOVER, model.partition("/")[0]],
+                env={**os.environ, "POLARS_LLM_CACHE_DIR": str(place)},
+                capture_output=True,
+                text=True,
+                check=True,
+            )
+            answers, peak = map(int, done.stdout.split())
+            assert answers == batches * rows
+            peaks.append(peak)
+    assert peaks[1] - peaks[0] < 48, peaks  # MiB; the eight batches more have 61 MiB of text alone
+
+
+def test_recover_shows_how_far_it_is(
+    provider: testing.Provider, own_cache: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    collected()
+    other = FRAME.select(pl.format("{} Why?", "prompt").alias("prompt"))
+    other.llm.generate("prompt", model=MODEL, on_pending="wait")
+    lose_the_cache(own_cache)
+    caplog.clear()
+    with caplog.at_level("INFO", logger="polars_llm"):
+        pllm.recover("openai")
+    assert [m for m in caplog.messages if "batches: 2 of 2" in m]
 
 
 def test_recover_resumes_what_still_runs(own_cache: Path) -> None:

@@ -370,15 +370,45 @@ def _streamed(
     asking = [_Asking(here.policy_of(verb), number) for number, verb in enumerate(verbs)]
     # Prompts may look at other rows (shift, len): they are made before any row is left out. Where they do
     # not, Polars moves the filter below them.
-    rows = needed(lf.with_columns(e for a in asking for e in a.inputs))
-    rows = rows.select(*passed, *(e.meta.output_name() for a in asking for e in a.inputs))
+    inputs = [e for a in asking for e in a.inputs]
+    rows = needed(lf.with_columns(inputs)).select(*passed, *(e.meta.output_name() for e in inputs))
     try:
         with verbs[0].store.spool.scratch() as waiting:
-            yield from _through(_within(here.upstream, rows, size), asking, here, waiting)
+            batches = _read(here.upstream, lf, needed, inputs, passed, size)
+            yield from _through(batches, asking, here, waiting)
         if here.staged is not None and here.blocked:
             here.want(_beyond_doubt(rows, asking, size, here.upstream.thread))
     finally:
         here.close()
+
+
+def _read(
+    scope: Scope,
+    lf: pl.LazyFrame,
+    needed: Callable[[pl.LazyFrame], pl.LazyFrame],
+    inputs: Sequence[pl.Expr],
+    passed: Sequence[str],
+    size: int | None,
+) -> Iterator[pl.DataFrame]:
+    """Batches of `passed` and `inputs`.
+
+    Inputs that are columns as they stand get their names here and not in the plan: where a plan makes
+    columns, Polars' streaming engine holds three times as much of what a scan reads (2.1: some 45 parts
+    of 100,000 rows, against 14).
+    """
+    plain = {e.meta.output_name(): e.meta.root_names()[0] for e in inputs if _is_column(e)}
+    made = [e for e in inputs if e.meta.output_name() not in plain]
+    read = dict.fromkeys([*passed, *plain.values()])
+    rows = needed(lf.with_columns(made) if made else lf)
+    rows = rows.select(*read, *(e.meta.output_name() for e in made))
+    names = (pl.col(column).alias(name) for name, column in plain.items())
+    select = [*passed, *names, *(e.meta.output_name() for e in made)]
+    for batch in _within(scope, rows, size):
+        yield batch.select(select)
+
+
+def _is_column(expr: pl.Expr) -> bool:
+    return expr.meta.undo_aliases().meta.is_column()
 
 
 def _within(scope: Scope, rows: pl.LazyFrame, size: int | None) -> Iterator[pl.DataFrame]:
