@@ -33,6 +33,9 @@ T = TypeVar("T")
 # A verb asks once its input is complete, so once is the rule; parts of an expression's column may be asked
 # one pass before the others. A verb that asks more often asks for something else each time.
 _MOST_PASSES = 2
+# Passes in which some rows of a verb were asked and others held back, since another verb's answers, which
+# they may read, were missing just then (both sides of a join, part by part).
+_MOST_IN_PART = 20
 _PATIENCE_S = 5.0
 # Held by a thread that runs a pass again because another one was at the same frame.
 _turns = threading.Lock()
@@ -95,6 +98,7 @@ def drive(run: Callable[[], T], plans: Sequence[pl.LazyFrame], on_pending: OnPen
 
 def _driven(run: Callable[[], T], plans: Sequence[pl.LazyFrame], on_pending: OnPending) -> tuple[T, bool]:
     asked: collections.Counter[int] = collections.Counter()
+    asked_in_part: collections.Counter[int] = collections.Counter()
     again, retries = False, 0
     before: list[Wanted] = []
     while True:
@@ -103,10 +107,12 @@ def _driven(run: Callable[[], T], plans: Sequence[pl.LazyFrame], on_pending: OnP
         if complete:
             _report(staged)
             return result, True  # type: ignore[return-value]  # a complete pass has a result
-        asked.update(staged.places)
+        asked.update(staged.places - staged.blocked)
+        asked_in_part.update(staged.places & staged.blocked)
         # An answer that does not fit its schema is asked again in the next pass.
         retries = max([retries, *(verb.typed.retries for verb, _ in staged.wanted if verb.typed)])
-        if not staged.wanted or max(asked.values()) > _MOST_PASSES + retries:
+        too_often = max(asked.values(), default=0) > _MOST_PASSES + retries
+        if not staged.wanted or too_often or max(asked_in_part.values(), default=0) > _MOST_IN_PART:
             raise never_ends(staged.wanted)
         pending = _bring(staged.wanted, on_pending, before)
         before += [(v, r.keys_only()) for v, r in staged.wanted if v.policy.max_cost is not None]

@@ -108,7 +108,9 @@ class _InPlan:
     def _stage(self, wanted: Sequence[Wanted], staged: Staged) -> None:
         if staged.final:
             raise never_ends(wanted)
-        if not self.blocked:
+        if self.blocked:
+            staged.block(self._verb)
+        else:
             staged.want(self._verb, wanted)
         self._note(answered=False)
         if staged.strict:
@@ -305,7 +307,7 @@ def _source(lf: pl.LazyFrame, verbs: Sequence[Verb]) -> pl.LazyFrame:
         if not asked:
             # One column at least: rows without any have no number.
             rows = needed(lf).select(passed or lf.collect_schema().names()[:1])
-            batches = _batches(rows, size)
+            batches = _unasked(rows, size, place)
         else:
             batches = _streamed(lf, needed, asked, passed, size, place)
         for batch in batches:
@@ -350,6 +352,16 @@ def _conjuncts(predicate: pl.Expr) -> Iterator[pl.Expr]:
 def _batches(lf: pl.LazyFrame, size: int | None) -> Iterator[pl.DataFrame]:
     # The engine is named: an affinity to ours would drive this part of a plan for itself.
     return iter(lf.collect_batches(chunk_size=size or 100_000, maintain_order=True, engine="streaming"))
+
+
+def _unasked(rows: pl.LazyFrame, size: int | None, place: Occurrence) -> Iterator[pl.DataFrame]:
+    """Batches without the answers; verbs further below take part in the evaluation all the same."""
+    here = _InPlan(place, upstream=True)
+    assert here.upstream is not None
+    try:
+        yield from _within(here.upstream, rows, size)
+    finally:
+        here.close()
 
 
 def _streamed(

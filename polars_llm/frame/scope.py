@@ -57,6 +57,8 @@ class Staged:
         The plan writes: the first verb that misses something raises `Missing` once it has said what.
     wanted, places
         What is to be sent, and the verbs that want it, by identity.
+    blocked
+        Verbs that said nothing of some rows, because they may read what is unanswered.
     failures
         What to report when the evaluation is over.
     """
@@ -66,6 +68,7 @@ class Staged:
     strict: bool = False
     wanted: list[tuple[Verb, Requests]] = dataclasses.field(default_factory=list)
     places: set[int] = dataclasses.field(default_factory=set)
+    blocked: set[int] = dataclasses.field(default_factory=set)
     failures: list[tuple[Verb, Failures]] = dataclasses.field(default_factory=list)
     lock: threading.Lock = dataclasses.field(default_factory=threading.Lock)
 
@@ -75,12 +78,18 @@ class Staged:
             self.places.add(id(place))
             self.wanted.extend(wanted)
 
+    def block(self, place: Occurrence) -> None:
+        """The verb sends nothing for some rows in this pass."""
+        with self.lock:
+            self.blocked.add(id(place))
+
     def forget(self) -> None:
         """The pass begins anew."""
         with self.lock:
             self.wanted.clear()
             self.failures.clear()
             self.places.clear()
+            self.blocked.clear()
 
     def failed(self, verb: Verb, failures: Failures) -> None:
         """Reported when the last pass is over, on the thread that collects."""
@@ -104,7 +113,9 @@ class Scope:
             for scope in outer:
                 scope._parts.append(self)
         self._unanswered: set[Occurrence] = set()
+        self._in_parts: set[Occurrence] = set()  # of these, what parts of this evaluation left unanswered
         self._side_by_side: list[set[Occurrence]] = []
+        self._plans: list[dict[Occurrence, tuple[int, int]]] = []
 
     @property
     def complete(self) -> bool:
@@ -120,6 +131,7 @@ class Scope:
             return
         self._unanswered.add(verb)
         for scope in self._outer:
+            scope._in_parts.add(verb)
             scope.note(verb, answered=False)
 
     def blocks(self, verb: Occurrence) -> bool:
@@ -128,7 +140,17 @@ class Scope:
         for beside in self._side_by_side:
             if verb in beside:
                 others -= beside - verb.inner
-        return bool(others)
+        return any(other in self._in_parts or not self._stands_above(other, verb) for other in others)
+
+    def _stands_above(self, other: Occurrence, verb: Occurrence) -> bool:
+        """Does the verb certainly not read the other one's answers? A plan is told from the top down."""
+        both = [at for at in self._plans if other in at and verb in at]
+        return (
+            len(both) == 1
+            and sum(other in at or verb in at for at in self._plans) == 1
+            and both[0][other][1] < both[0][verb][0]
+            and other not in verb.inner
+        )
 
     @contextlib.contextmanager
     def planning(self, *plans: pl.LazyFrame) -> Iterator[None]:
@@ -159,12 +181,15 @@ class Scope:
         if not _marked:
             return  # nobody ever made one: plans without any verb cost nothing
         for plan in plans:
-            for line in plan.explain(optimized=False).splitlines():
+            at: dict[Occurrence, tuple[int, int]] = {}  # the first and the last line of each
+            for number, line in enumerate(plan.explain(optimized=False).splitlines()):
                 verbs = {_marked[m] for m in _MARK.findall(line) if m in _marked}
                 for verb in verbs:
                     verb.join(self)
+                    at[verb] = (at.get(verb, (number, number))[0], number)
                 if len(verbs) > 1:  # expressions of one node
                     self._side_by_side.append(verbs)
+            self._plans.append(at)
 
 
 class _Here(threading.local):
