@@ -152,7 +152,7 @@ _CLASSIFY = {
             with the labels (docs/schema.md), followed by `system`.""",
     "value": "an Enum column of exactly these labels",
     "fits": "any label",
-    "refused": "no labels, blank ones, or labels that collide when case is folded",
+    "refused": "no labels, a set of them, blank ones, or labels that collide when case is folded",
 }
 _EMBED = {
     "page": """Turn texts into vectors, one a row; they come back as {gives}.

@@ -38,8 +38,8 @@ class Labels:
         Raises
         ------
         InvalidRequest
-            At call: no labels, labels that are not texts or are blank, and labels that are equal, or
-            collide when case is folded (a model may answer in another case).
+            At call: no labels, a set (it has no order), labels that are not texts or are blank, and labels
+            that are equal, or collide when case is folded (a model may answer in another case).
         """
         pairs = _pairs(given)
         if not pairs:
@@ -84,6 +84,12 @@ def _pairs(given: LabelsLike) -> list[tuple[Any, Any]]:
         return [(label, None) for label in given.categories]
     if isinstance(given, type) and issubclass(given, enum.Enum):
         return [(member.value, None) for member in given]
+    if isinstance(given, (set, frozenset)):
+        # Python shuffles a set of texts anew in every process: other keys, and the column paid again.
+        raise _refused(
+            "labels is a set, which has another order in every process, and the order is part of the key",
+            "pass a list, for example sorted(labels).",
+        )
     if isinstance(given, (str, bytes)) or not isinstance(given, Iterable):
         raise _refused(f"labels is {given!r}, not several labels", "for example ['spam', 'ham'].")
     return [(label, None) for label in given]

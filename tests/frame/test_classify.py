@@ -61,7 +61,15 @@ def test_all_forms_are_the_same_requests(df: pl.DataFrame) -> None:
 
 
 @pytest.mark.parametrize(
-    "labels", [tuple(LABELS), dict.fromkeys(LABELS), Mood, pl.Enum(LABELS), pl.Series(LABELS)]
+    "labels",
+    [
+        tuple(LABELS),
+        dict.fromkeys(LABELS),
+        dict.fromkeys(LABELS).keys(),
+        Mood,
+        pl.Enum(LABELS),
+        pl.Series(LABELS),
+    ],
 )
 def test_labels_however_they_are_named(df: pl.DataFrame, labels: Any) -> None:
     with testing.provider() as provider:
@@ -164,6 +172,8 @@ class Numbers(enum.Enum):
         ("spam", "not several labels"),
         (3, "not several labels"),
         (["\ud800"], "surrogate"),
+        ({"spam", "ham"}, "sorted(labels)"),
+        (frozenset({"spam", "ham"}), "another order in every process"),
     ],
 )
 def test_labels_that_cannot_be_are_refused_at_call(
