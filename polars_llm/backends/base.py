@@ -262,8 +262,9 @@ class LiveBackend(Protocol):
         while the next requests are at work. Every request gets one reply, which may be a failure;
         `CallFailed` or an error of ours stops the run, and what was yielded stays. A block may have
         ``vector`` and ``cost_usd`` besides, and may be empty: that is the time to show `note`. Closing
-        the iterator ends all work in flight; a KeyboardInterrupt, raised in it or thrown into it, may be
-        followed by one more block of what had come until then.
+        the iterator ends all work in flight. A KeyboardInterrupt, raised in it or thrown into it, ends it
+        as well: the block `replies.STOPPED` follows, as often as Polars cannot work yet, and one more of
+        what had come until then; it may hold replies that were yielded before.
         """
 
     def close(self) -> None:

@@ -31,7 +31,7 @@ from polars_llm.backends.base import BatchBackend, CallFailed, Options
 from polars_llm.backends.clients import Ask, HttpReply
 from polars_llm.backends.gate import NOT_TAKEN, Gate
 from polars_llm.backends.pace import Breaker, backoff
-from polars_llm.backends.replies import Reply, failed, frame
+from polars_llm.backends.replies import Reply, after_ctrl_c, failed, frame
 from polars_llm.errors import PolarsLLMError
 from polars_llm.job import Mode
 from polars_llm.pricing import Prices
@@ -146,21 +146,18 @@ class Realtime:
     def run(self, requests: Sequence[Requests]) -> Generator[pl.DataFrame, None, None]:
         """Answer them all, in any order, a block of replies at a time; a block may be empty.
 
-        After Ctrl+C there is one more block: what had come until then.
+        After Ctrl+C come the blocks of `after_ctrl_c`: what had come until then.
         """
         work = self._work = _Work(self, self._host, self._width, requests, self._breaker)
         work.start()
         try:
             yield from work.blocks()
         except KeyboardInterrupt:
-            try:
+            # One Ctrl+C may come twice where Polars was at work: it has seen it as well.
+            with contextlib.suppress(KeyboardInterrupt):
                 work.stop()
-            except (
-                KeyboardInterrupt
-            ):  # one Ctrl+C comes twice where Polars was at work: it has seen it as well
-                work.stop()
-            yield work.not_handed_over()
-            raise
+            work.stop()
+            yield from after_ctrl_c(work.not_handed_over)
         finally:
             work.stop()
             self._work = None

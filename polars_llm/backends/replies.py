@@ -12,7 +12,17 @@ from polars_llm.answer import ACCOUNT, FAILED, RETRY
 from polars_llm.backends.base import verdict
 from polars_llm.request import key_from_custom_id
 
-__all__ = ["REPLY_SCHEMA", "Reply", "decoded", "failed", "frame", "never_ran", "rows"]
+__all__ = [
+    "REPLY_SCHEMA",
+    "STOPPED",
+    "Reply",
+    "after_ctrl_c",
+    "decoded",
+    "failed",
+    "frame",
+    "never_ran",
+    "rows",
+]
 
 Reply: TypeAlias = dict[str, Any]
 
@@ -31,6 +41,9 @@ REPLY_SCHEMA: Mapping[str, pl.DataType] = {
     "body": pl.Binary(),
     "vector": pl.List(pl.Float32()),
 }
+
+STOPPED = pl.DataFrame()
+"""The block of a run that Ctrl+C has ended, until Polars can make a frame of what had come."""
 
 # Replies that are Python objects at once.
 _STEP = 1_000
@@ -93,6 +106,22 @@ def frame(replies: Sequence[Reply]) -> pl.DataFrame:
         for size in sizes
     ]
     return made.with_columns(pl.coalesce(vectors).alias("vector"))
+
+
+def after_ctrl_c(rest: Callable[[], pl.DataFrame]) -> Iterator[pl.DataFrame]:
+    """`STOPPED`, once at least, and then what `rest` gives.
+
+    Ctrl+C in a query makes each call of Polars raise KeyboardInterrupt, in all threads, until that query
+    has returned: whoever asks for the next block tries again then.
+    """
+    while True:
+        yield STOPPED
+        try:
+            block = rest()
+        except KeyboardInterrupt:
+            continue
+        yield block
+        return
 
 
 def failed(status: int | None, kind: str, message: Any, raw: bytes) -> Reply:

@@ -16,7 +16,7 @@ from polars_llm.backends import engines, sampling
 from polars_llm.backends.base import Options
 from polars_llm.backends.engines import Ask, Finished, Refused
 from polars_llm.backends.order import Order, arrange, expected_lengths
-from polars_llm.backends.replies import REPLY_SCHEMA, Reply
+from polars_llm.backends.replies import REPLY_SCHEMA, Reply, after_ctrl_c
 from polars_llm.errors import InvalidRequest
 from polars_llm.job import Mode
 from polars_llm.request import Json, RequestHeader, Requests
@@ -101,21 +101,23 @@ class VLLMLocal:
         self.note = "starting the engine"
         yield pl.DataFrame(schema=_SCHEMA)  # the time to show it
         chat = self._endpoint == sampling.CHAT
-        with engines.running(self._model, self._arguments, packs, chat=chat) as run:
-            rows: list[Reply] = []
-            since = time.monotonic()
-            while not run.over:
-                try:
+        rows: list[Reply] = []
+        handed: list[Reply] = []
+        since, took = time.monotonic(), 0.0
+        try:
+            with engines.running(self._model, self._arguments, packs, chat=chat) as run:
+                since = time.monotonic()
+                while not run.over:
                     for event in run.events(_BLOCK_SECONDS):
                         rows.append(_reply(event))
-                except KeyboardInterrupt:
-                    yield self._block(rows, time.monotonic() - since)
-                    raise
-                block = self._block(rows, time.monotonic() - since)
-                if rows:  # else the time goes on to those that come next
-                    since = time.monotonic()
-                    rows = []
-                yield block
+                    block = self._block(rows, time.monotonic() - since)
+                    if rows:  # else the time goes on to those that come next
+                        since, took = time.monotonic(), time.monotonic() - since
+                        handed, rows = rows, []
+                    yield block
+        except KeyboardInterrupt:
+            last = time.monotonic() - since
+            yield from after_ctrl_c(lambda: pl.concat([self._block(handed, took), self._block(rows, last)]))
 
     def _check(self, requests: Sequence[Requests]) -> None:
         if self._endpoint == sampling.CHAT:

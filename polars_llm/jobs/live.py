@@ -9,6 +9,9 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
+import logging
+import threading
 import time
 from collections.abc import Generator, Sequence
 
@@ -16,6 +19,7 @@ import polars as pl
 
 from polars_llm.answer import ACCOUNT, FAILED, RETRY
 from polars_llm.backends.base import CallFailed, Learns, LiveBackend
+from polars_llm.backends.replies import STOPPED
 from polars_llm.job import Job, State
 from polars_llm.jobs.claim import claim, one_run
 from polars_llm.jobs.ingest import blame_account, keep
@@ -27,10 +31,14 @@ from polars_llm.store import Store
 
 __all__ = ["run_live"]
 
+_logger = logging.getLogger("polars_llm")
+
 # Seconds between two notes in the ledger of how far a run is (each is a durable write), and between two
 # looks at whether its many small segments should be merged.
 _NOTE_EVERY = 5.0
 _COMPACT_EVERY = 60.0
+# Seconds between two looks at whether a query that Ctrl+C has stopped has returned.
+_LOOK_EVERY = 0.02
 
 
 def run_live(backend: LiveBackend, missing: Sequence[Requests], store: Store, policy: Policy) -> int:
@@ -46,29 +54,33 @@ def run_live(backend: LiveBackend, missing: Sequence[Requests], store: Store, po
     asked = 0
     wanted = list(missing)
     while any(r.height for r in wanted):
-        with store.directory.submitter() as owner:
-            jobs, claimed = claim(
-                wanted, lambda w: one_run(backend, w, store, owner, limited=policy.limited), store, policy
-            )
+        with contextlib.ExitStack() as held:
+            owner = held.enter_context(store.directory.submitter())
+            make = functools.partial(one_run, backend, store=store, owner=owner, limited=policy.limited)
+            jobs, claimed = claim(wanted, make, store, policy)
             if not jobs:
                 break
-            failed = _run(jobs[0], backend, claimed, store)
+            failed = _run(jobs[0], backend, claimed, store, held)
         asked = asked or jobs[0].requests
         wanted = _again(claimed, failed, policy)
     return asked
 
 
-def _run(job: Job, backend: LiveBackend, requests: Sequence[Requests], store: Store) -> pl.DataFrame:
-    """One run; returns the keys that failed for a passing reason."""
+def _run(
+    job: Job,
+    backend: LiveBackend,
+    requests: Sequence[Requests],
+    store: Store,
+    held: contextlib.ExitStack,
+) -> pl.DataFrame:
+    """One run; returns the keys that failed for a passing reason. `held` is what must stay until it ends."""
     job = store.ledger.move(job, State.RUNNING)
     run = _Run(job, backend, store, pl.concat([r.frame.select("key", "attempt") for r in requests]))
     if isinstance(backend, Learns):
         backend.learn(store.results.scan())
+    blocks = held.enter_context(contextlib.closing(backend.run(requests)))
     try:
-        with (
-            Progress(job.requests, "LLM answers") as bar,
-            contextlib.closing(backend.run(requests)) as blocks,
-        ):
+        with Progress(job.requests, "LLM answers") as bar:
             _take_all(run, blocks, bar)
     except CallFailed as error:
         mend = "check the API key, the address, the billing and the model's name; then run"
@@ -78,40 +90,80 @@ def _run(job: Job, backend: LiveBackend, requests: Sequence[Requests], store: St
             hint=f"{mend if error.verdict.account else 'later run'} the same line again: {kept}, and only"
             " what has no answer is asked.",
         ) from error
+    except KeyboardInterrupt as stop:
+        _interrupted(run, blocks, held, stop)
+        raise
     finally:
-        run.end()
+        if not run.handed_over:
+            try:
+                blocks.close()
+            finally:
+                run.end()
     store.results.compact()
     blame_account(run.refused, backend)
     return run.retry
 
 
 def _take_all(run: _Run, blocks: Generator[pl.DataFrame, None, None], bar: Progress) -> None:
+    for run.block in blocks:
+        if run.block is STOPPED:
+            raise KeyboardInterrupt
+        run.take(run.block)
+        bar.update(run.done + run.failed, run.backend.note)
+
+
+def _interrupted(
+    run: _Run,
+    blocks: Generator[pl.DataFrame, None, None],
+    held: contextlib.ExitStack,
+    stop: KeyboardInterrupt,
+) -> None:
+    """Keep what had come by now: it is paid for."""
+    if run.block is not STOPPED:
+        with contextlib.suppress(KeyboardInterrupt, StopIteration):
+            blocks.throw(stop)
+    # One Ctrl+C comes twice where Polars was at work, which has seen it as well: perhaps just now.
+    if not (_take_the_rest(run, blocks) or _take_the_rest(run, blocks)):
+        # Inside of a query: Polars works again when that has returned, and so have we.
+        run.handed_over = True
+        threading.Thread(
+            target=_take_later, args=(run, blocks, held.pop_all()), name="polars_llm-interrupted"
+        ).start()
+        stop.add_note("polars_llm: stopped; the answers that had come are being written.")
+    else:
+        stop.add_note(_kept(run))
+
+
+def _take_the_rest(run: _Run, blocks: Generator[pl.DataFrame, None, None]) -> bool:
+    """Make durable what was in hand and what had come; False: Polars cannot work yet, so ask again."""
     try:
+        run.take(run.block)
+        block = next(blocks, None)
+        if block is STOPPED:
+            return False
+        if block is not None:
+            run.block = block
+            run.take(block)
+    except KeyboardInterrupt:
+        return False
+    return True
+
+
+def _take_later(run: _Run, blocks: Generator[pl.DataFrame, None, None], held: contextlib.ExitStack) -> None:
+    with held:
         try:
-            for run.block in blocks:
-                run.take(run.block)
-                bar.update(run.done + run.failed, run.backend.note)
-        except KeyboardInterrupt as stop:
-            _take_the_rest(run, blocks, stop)
-            raise
-    except KeyboardInterrupt as stop:
-        # One Ctrl+C comes twice where Polars was at work, which has seen it as well: perhaps in between.
-        _take_the_rest(run, blocks, stop)
-        stop.add_note(
-            f"polars_llm: stopped; {run.done:,} answers of {run.job.requests:,} are kept. Run the same line"
-            " again to go on: only what was in flight may be paid for a second time."
-        )
-        raise
+            while not _take_the_rest(run, blocks):
+                time.sleep(_LOOK_EVERY)
+        finally:
+            run.end()
+    _logger.warning(_kept(run))  # the exception that this was about has gone by
 
 
-def _take_the_rest(run: _Run, blocks: Generator[pl.DataFrame, None, None], stop: KeyboardInterrupt) -> None:
-    """What was in hand, and what had come by now, is paid for. Doing it again changes nothing."""
-    run.take(run.block)
-    try:
-        run.block = blocks.throw(stop)
-    except (KeyboardInterrupt, StopIteration):
-        return
-    run.take(run.block)
+def _kept(run: _Run) -> str:
+    return (
+        f"polars_llm: stopped; {run.done:,} answers of {run.job.requests:,} are kept. Run the same line"
+        " again to go on: only what was in flight may be paid for a second time."
+    )
 
 
 @dataclasses.dataclass(slots=True)
@@ -125,6 +177,7 @@ class _Run:
     block: pl.DataFrame = dataclasses.field(default_factory=pl.DataFrame)
     done: int = 0
     failed: int = 0
+    handed_over: bool = False
     noted: float = dataclasses.field(default_factory=time.monotonic)
     tidied: float = dataclasses.field(default_factory=time.monotonic)
     retry: pl.DataFrame = dataclasses.field(default_factory=lambda: pl.DataFrame(schema={"key": pl.Binary}))

@@ -360,12 +360,13 @@ except KeyboardInterrupt as stop:
 """
 
 
-def _child(provider: testing.Provider, model: str) -> subprocess.Popen[str]:
+def _child(provider: testing.Provider, model: str, code: str = _CHILD) -> subprocess.Popen[str]:
     return subprocess.Popen(
-        [sys.executable, "-c", _CHILD.replace("MODEL", model)],
+        [sys.executable, "-c", code.replace("MODEL", model)],
         env={**os.environ, **provider.env},
         cwd=Path(__file__).parents[2],
         stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
         text=True,
     )
 
@@ -394,6 +395,27 @@ def test_interrupted_it_goes_on_where_it_stopped(model: str, how: signal.Signals
         assert out["response"].to_list() == [f"answer {n}" for n in range(100)]
         # Those that were in flight when it was stopped may reach the bill after we looked.
         assert provider.bill().realtime <= 100 + (billed - kept) + 4
+
+
+_LAZY = _CHILD.split("try:", maxsplit=1)[0] + (
+    'frame.lazy().llm.generate("prompt", model="MODEL", mode="realtime", max_concurrency=4).collect()\n'
+)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="SIGINT")
+def test_ctrl_c_in_a_plain_query_keeps_what_came(model: str) -> None:
+    # Until the query has returned each call of Polars raises KeyboardInterrupt again.
+    with testing.provider(latency=0.2) as provider:
+        child = _child(provider, model, _LAZY)
+        _wait_for_answers(provider, 40)
+        child.send_signal(signal.SIGINT)
+        told, _ = child.communicate(timeout=30)
+        assert child.returncode == -signal.SIGINT
+        kept = pllm.results().collect().height
+        assert provider.bill().realtime - kept <= 4
+        assert f"{kept} answers of 100 are kept" in told
+        (job,) = pllm.jobs().to_dicts()
+        assert (job["state"], job["done"]) == ("released", kept)
 
 
 def test_it_works_where_a_loop_is_running(provider: testing.Provider) -> None:
