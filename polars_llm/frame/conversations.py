@@ -127,6 +127,10 @@ def _wrong(
     last = roles.gather(ends)
     for n in last.is_in([] if manners.prefill else ["assistant"]).arg_true():
         yield ends[n], "the assistant has the last word, and this provider's models do not go on from there"
+    if not manners.prefill:
+        said = (roles != "system").cum_sum().gather(ends)
+        for n in (said == said.shift(1, fill_value=0)).arg_true():
+            yield ends[n], "only the system speaks, and this provider wants a message from the user"
 
 
 def _place(part: pl.Series, at: int) -> tuple[int, int]:

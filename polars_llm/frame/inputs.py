@@ -117,6 +117,23 @@ def check_images(images: IntoExpr | None, provider: str) -> None:
 
 
 def with_attached(rows: pl.DataFrame, provider: str) -> pl.DataFrame:
-    """`rows` with the digests of their images; those of null prompts are not read."""
+    """`rows` with the digests of their images; those of null prompts are not read.
+
+    Raises
+    ------
+    InvalidRequest
+        An image that cannot be sent, or whose conversation has no place for it; the message names the row.
+    """
     images = rows.select(pl.when(pl.col(PROMPT).is_not_null()).then(IMAGES).alias(IMAGES)).to_series()
-    return rows.with_columns(images, digests(images, LIMITS.get(provider)).alias(ATTACHED))
+    rows = rows.with_columns(images, digests(images, LIMITS.get(provider)).alias(ATTACHED))
+    if KIND in rows.columns:
+        # In the one form of a conversation a quote inside of a text is escaped: only a role looks like this.
+        silent = (pl.col(KIND) == "m") & ~pl.col(PROMPT).str.contains('"role":"user"', literal=True)
+        lost = rows.select((silent & pl.col(ATTACHED).is_not_null()).arg_true()).to_series()
+        if lost.len():
+            raise InvalidRequest(
+                f"Row {lost[0]}: the conversation has images, and no message from the user that they could"
+                " belong to",
+                hint="give it a message with role 'user', or null images. Nothing was sent.",
+            )
+    return rows

@@ -177,12 +177,17 @@ def test_what_cannot_be_sent_is_said_before_anything_is_sent(
     [
         ([("user", "a"), ("assistant", "b")], "Row 1, message 1: the assistant has the last word"),
         ([("user", "b"), ("developer", "a"), ("user", "b")], "Row 1, message 1: the role is 'developer'"),
+        ([("system", "a")], "Row 1, message 0: only the system speaks"),
+        ([("system", "a"), ("system", "b")], "Row 1, message 1: only the system speaks"),
     ],
 )
-def test_what_anthropic_does_not_take(provider: testing.Provider, talk: Any, said: str) -> None:
-    frame = pl.DataFrame({"talk": column([TALKS[0], talk])})
+@pytest.mark.parametrize("options", [{}, {"mode": "realtime"}])
+def test_what_anthropic_does_not_take(
+    provider: testing.Provider, talk: Any, said: str, options: dict[str, Any]
+) -> None:
+    frame = pl.DataFrame({"talk": column([TALKS[0], talk, TALKS[0]])})
     with pytest.raises(pllm.InvalidRequest, match=said):
-        collected(frame, model="anthropic/claude-haiku-5-5")
+        collected(frame, model="anthropic/claude-haiku-5-5", **options)
     assert provider.log() == []
     assert collected(frame)["response"].null_count() == 0
 

@@ -252,8 +252,15 @@ def test_a_file_that_changes_meanwhile_is_not_sent(tmp_path: Path) -> None:
         list(images.of_rows(frame))
 
 
-def test_a_conversation_without_the_user_has_no_place_for_images(provider: testing.Provider) -> None:
-    talk = [[{"role": "system", "content": "s"}, {"role": "assistant", "content": "a"}]]
-    with pytest.raises(pllm.InvalidRequest, match="no message from the user"):
-        collected(pl.DataFrame({"q": talk, "image": [PNG]}))
-    assert provider.bill().accepted == 0
+@pytest.mark.parametrize("options", [{}, {"mode": "realtime"}])
+def test_a_conversation_without_the_user_has_no_place_for_images(
+    provider: testing.Provider, options: dict[str, Any]
+) -> None:
+    fine = [{"role": "user", "content": "q"}]
+    talk = [{"role": "system", "content": "s"}, {"role": "assistant", "content": 'a "role":"user"'}]
+    frame = pl.DataFrame({"q": [fine, None, talk, talk], "image": [PNG, PNG, PNG, None]})
+    with pytest.raises(pllm.InvalidRequest, match=r"Row 2: .* no message from the user") as refused:
+        collected(frame, **options)
+    assert "Nothing was sent" in str(refused.value)
+    assert provider.log() == []
+    assert collected(frame.filter(pl.int_range(pl.len()) != 2), **options)["response"].null_count() == 1
