@@ -26,6 +26,7 @@ from polars_llm.schema.shapes import Fields, Items, Leaf, Shape, refuse, rules_o
 __all__ = ["root_of"]
 
 _PLACES = 9
+_FINITE = "a dtype is finite: write the levels out."
 
 # Python type -> JSON type, format, dtype. `docs/schema.md` shows them, and a test compares.
 _LEAVES: dict[Any, tuple[str, str | None, pl.DataType]] = {
@@ -60,6 +61,10 @@ _SIZES = {"minLength": "minItems", "maxLength": "maxItems"}
 def root_of(schema: Any) -> Fields:
     """The shape of whatever a user may write a schema in."""
     if isinstance(schema, Mapping):
+        if schema.get("type") == "json_schema" or (
+            isinstance(schema.get("name"), str) and isinstance(schema.get("schema"), Mapping)
+        ):
+            refuse("", "is a response_format, not a schema.", "pass what lies under 'schema' alone.")
         shape = json_schema.root_of(schema) if json_schema.looks_like(schema) else _mapping(schema, "", ())
     else:
         shape = _shape(schema, "", ())
@@ -72,13 +77,10 @@ def _mapping(fields: Mapping[Any, Any], path: str, above: tuple[Any, ...]) -> Fi
     """Names and dtypes, Python types, or more of the same."""
     if not fields:
         refuse(path, "has no fields.", "name at least one.")
-    return Fields(fields=tuple((n, _shape(t, _named(path, n), above)) for n, t in fields.items()))
-
-
-def _named(path: str, name: Any) -> str:
-    if not isinstance(name, str):
-        refuse(path, f"has a field named {name!r}, and names in JSON are strings.", "make it a string.")
-    return dtypes.named(path, name)
+    if any(fields is outer for outer in above):
+        refuse(path, "is a dict again, inside itself.", _FINITE)
+    inside = (*above, fields)
+    return Fields(fields=tuple((n, _shape(t, dtypes.named(path, n), inside)) for n, t in fields.items()))
 
 
 def _shape(given: Any, path: str, above: tuple[Any, ...]) -> Shape:
@@ -120,7 +122,7 @@ def _named_type(given: Any, path: str, above: tuple[Any, ...], notes: list[Any])
     if origin in _LISTS:
         return _list(given, path, above, notes)
     if isinstance(given, (pl.DataType, pl.datatypes.DataTypeClass)):
-        return dtypes.shape_of(given, path)
+        return _constrained(dtypes.shape_of(given, path), notes, path)
     if isinstance(given, Mapping):
         return _mapping(given, path, above)
     if isinstance(given, type) and origin is None:
@@ -133,6 +135,7 @@ def _named_type(given: Any, path: str, above: tuple[Any, ...], notes: list[Any])
     refuse(path, f"is {_spelled(given)}, which has no dtype.", hint)
 
 
+_PLAIN = "use the plain type: str for an address, datetime.date for a date."
 _WORDS = "docs/schema.md lists what can be mapped; every field needs one definite type."
 
 
@@ -149,8 +152,24 @@ def _union(given: Any, path: str, above: tuple[Any, ...], notes: list[Any]) -> S
     return dataclasses.replace(shape, nullable=True)
 
 
+def _constrained(shape: Shape, notes: list[Any], path: str) -> Shape:
+    """The shape of a dtype with what was noted on it; its own bounds stay where they are narrower."""
+    found = _constraints(notes)
+    if not found or isinstance(shape, Fields) or (isinstance(shape, Leaf) and shape.choices is not None):
+        return shape
+    if isinstance(shape, Items):
+        sizes = {_SIZES.get(n, n): v for n, v in found.items()}
+        return dataclasses.replace(shape, rules=rules_of("array", sizes, path))
+    for name, own in shape.rules:
+        narrower = max if name == "minimum" else min
+        found[name] = narrower(own, found.get(name, own))
+    return dataclasses.replace(shape, rules=rules_of(shape.kind, found, path))
+
+
 def _list(given: Any, path: str, above: tuple[Any, ...], notes: list[Any]) -> Shape:
     parts = get_args(given)
+    if not parts:
+        refuse(path, f"is {given}, which does not say of what.", "write for example list[str].")
     size = None
     if get_origin(given) is tuple and parts[1:] != (Ellipsis,):
         if len(set(parts)) != 1:
@@ -163,7 +182,7 @@ def _list(given: Any, path: str, above: tuple[Any, ...], notes: list[Any]) -> Sh
 
 def _class(given: type, path: str, above: tuple[Any, ...], notes: list[Any]) -> Shape:
     if given in above:
-        refuse(path, f"is {given.__name__} again, inside itself.", "a dtype is finite: write the levels out.")
+        refuse(path, f"is {given.__name__} again, inside itself.", _FINITE)
     if issubclass(given, enum.Enum):
         return json_schema.choices([member.value for member in given], path)
     inside = (*above, given)
@@ -174,7 +193,8 @@ def _class(given: type, path: str, above: tuple[Any, ...], notes: list[Any]) -> 
     if _is_pydantic(given):
         return _pydantic(given, path, inside)
     if given not in _LEAVES:
-        refuse(path, f"is {given.__name__}, which has no dtype.", _INSTEAD.get(given, _WORDS))
+        hint = _PLAIN if given.__module__.partition(".")[0] == "pydantic" else _INSTEAD.get(given, _WORDS)
+        refuse(path, f"is {given.__name__}, which has no dtype.", hint)
     return _leaf(given, path, notes)
 
 
@@ -192,7 +212,11 @@ def _leaf(given: type, path: str, notes: list[Any]) -> Leaf:
     rules = _constraints(notes)
     digits, places = (_noted(notes, name) for name in ("max_digits", "decimal_places"))
     if given is Decimal and (digits is not None or places is not None):
-        dtype = pl.Decimal(digits or 38, _PLACES if places is None else places)
+        if places is None:
+            refuse(path, f"has max_digits {digits} and no decimal_places.", "say both, or neither.")
+        digits = 38 if digits is None else digits
+        dtypes.check_decimal(digits, places, path)
+        dtype = pl.Decimal(digits, places)
     return Leaf(kind=kind, format=format_, dtype=dtype, rules=rules_of(kind, rules, path))
 
 
@@ -227,24 +251,31 @@ _RESOLVE = "define every name in them at module level."
 def _hints(cls: type, path: str) -> dict[str, Any]:
     try:
         return typing.get_type_hints(cls, include_extras=True)
-    except NameError as error:
+    except (NameError, AttributeError, SyntaxError, TypeError) as error:
         refuse(path, f"has an annotation that cannot be resolved: {error}.", _RESOLVE)
 
 
 def _dataclass(cls: Any, path: str, above: tuple[Any, ...]) -> Fields:
     hints = _hints(cls, path)
+    # pydantic's own dataclasses have fields with an alias and constraints.
+    known = getattr(cls, "__pydantic_fields__", {}) if getattr(cls, "__pydantic_complete__", False) else {}
     fields = []
     for field in dataclasses.fields(cls):
-        shape = _shape(hints[field.name], _named(path, field.name), above)
+        if field.name in known:
+            name, shape = _pydantic_field(field.name, known[field.name], path, above)
+        else:
+            name, shape = field.name, _shape(hints[field.name], dtypes.named(path, field.name), above)
         said = field.metadata.get("description")
-        fields.append((field.name, dataclasses.replace(shape, description=said) if said else shape))
+        if isinstance(said, str) and said:
+            shape = dataclasses.replace(shape, description=said)
+        fields.append((name, shape))
     return _filled(fields, cls, path)
 
 
 def _typed_dict(cls: Any, path: str, above: tuple[Any, ...]) -> Fields:
     fields = []
     for name, hint in _hints(cls, path).items():
-        shape = _shape(hint, _named(path, name), above)
+        shape = _shape(hint, dtypes.named(path, name), above)
         fields.append(
             (name, shape if _is_required(cls, name, hint) else dataclasses.replace(shape, nullable=True))
         )
@@ -270,18 +301,25 @@ def _pydantic(cls: Any, path: str, above: tuple[Any, ...]) -> Fields:
         cls.model_rebuild(raise_errors=False)
     if not cls.__pydantic_complete__:
         refuse(path, f"is {cls.__name__}, whose annotations cannot be resolved.", _RESOLVE)
-    fields = []
-    for own, field in cls.model_fields.items():
-        name = own if field.validation_alias is None else field.validation_alias
-        where = _named(path, name)
-        notes = [*field.metadata, field]
-        inner, more = _unwrapped(field.annotation)
-        shape = _named_type(inner, where, above, [*more, *notes])
-        fields.append((name, _described(shape, [*notes, *more])))
+    fields = [_pydantic_field(own, field, path, above) for own, field in cls.model_fields.items()]
     return _filled(fields, cls, path)
+
+
+def _pydantic_field(own: str, field: Any, path: str, above: tuple[Any, ...]) -> tuple[str, Shape]:
+    """Its alias, if it has one, and its shape."""
+    name = own if field.validation_alias is None else field.validation_alias
+    where = dtypes.named(path, name)
+    notes = [*field.metadata, field]
+    inner, more = _unwrapped(field.annotation)
+    shape = _named_type(inner, where, above, [*more, *notes])
+    return name, _described(shape, [*notes, *more])
 
 
 def _filled(fields: list[tuple[str, Shape]], cls: type, path: str) -> Fields:
     if not fields:
         refuse(path, f"is {cls.__name__}, which has no fields.", "name at least one.")
+    names = [name for name, _ in fields]
+    twice = next((name for at, name in enumerate(names) if name in names[:at]), None)
+    if twice is not None:
+        refuse(path, f"is {cls.__name__}, with two fields named {twice!r}.", "give them other aliases.")
     return Fields(fields=tuple(fields))

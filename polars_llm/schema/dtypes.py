@@ -10,10 +10,10 @@ import polars as pl
 
 from polars_llm.schema.shapes import Fields, Items, Leaf, Rules, Shape, refuse, rules_of
 
-__all__ = ["fields_of", "named", "shape_of"]
+__all__ = ["check_decimal", "fields_of", "named", "shape_of"]
 
 _WHOLE = (pl.Int8, pl.Int16, pl.Int32, pl.Int64, pl.UInt8, pl.UInt16, pl.UInt32)
-_PLACES = 9
+_DIGITS, _PLACES = 38, 9
 
 # dtype -> JSON type, format. `docs/schema.md` shows them, and a test compares.
 _LEAVES: dict[Any, tuple[str, str | None]] = {
@@ -57,6 +57,7 @@ def shape_of(dtype: Any, path: str = "") -> Shape:
             return _enum(dtype, path)
         case pl.Decimal():
             dtype = _decimal(dtype)
+            check_decimal(dtype.precision or _DIGITS, dtype.scale, path)
         case pl.Datetime():
             _check_zone(dtype.time_zone, path)
     found = _LEAVES.get(type(dtype))
@@ -73,8 +74,10 @@ def fields_of(fields: Mapping[str, Any], path: str = "") -> Fields:
     return Fields(fields=tuple((name, shape_of(t, named(path, name))) for name, t in fields.items()))
 
 
-def named(path: str, name: str) -> str:
-    """The path of a field; refuses names that JSON readers stumble over."""
+def named(path: str, name: Any) -> str:
+    """The path of a field; refuses names that are no text, or that JSON readers stumble over."""
+    if not isinstance(name, str):
+        refuse(path, f"has a field named {name!r}, and names in JSON are strings.", "make it a string.")
     where = f"{path}.{name}" if path else name
     if not name or any(c in '"\\' or ord(c) < 32 or 0xD800 <= ord(c) < 0xE000 for c in name):
         refuse(path, f"has a field named {name!r}.", "use letters, digits and spaces in names.")
@@ -88,7 +91,7 @@ def _instance(dtype: Any, path: str) -> pl.DataType:
         made: pl.DataType = dtype("us")
         return made
     if dtype is pl.Decimal:
-        return pl.Decimal(38, _PLACES)
+        return pl.Decimal(_DIGITS, _PLACES)
     try:
         made = dtype()
     except TypeError:  # a nested dtype without its parts
@@ -114,7 +117,15 @@ def _check_zone(zone: str | None, path: str) -> None:
 
 
 def _decimal(dtype: pl.Decimal) -> pl.Decimal:
-    return dtype if dtype.precision is not None else pl.Decimal(38, dtype.scale)
+    return dtype if dtype.precision is not None else pl.Decimal(_DIGITS, dtype.scale)
+
+
+def check_decimal(digits: int, places: int, path: str) -> None:
+    """Refuse a decimal that no column can have."""
+    if not 1 <= digits <= _DIGITS:
+        refuse(path, f"has {digits} digits, and a decimal has 1 to {_DIGITS}.", "ask for fewer.")
+    if not 0 <= places <= digits:
+        refuse(path, f"has {digits} digits, of which {places} are decimal places.", "ask for fewer of these.")
 
 
 def _enum(dtype: pl.Enum, path: str) -> Leaf:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import types
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -38,7 +39,7 @@ _RULES = (
     "maxItems",
 )
 _MEANING = {"type", "properties", "required", "additionalProperties", "items", "enum", "const", "format"}
-_WRAPPERS = {"$ref", "anyOf", "oneOf", "allOf"}
+_WRAPPERS = ("$ref", "anyOf", "oneOf", "allOf")
 # They say nothing about which values fit.
 _ANNOTATIONS = {
     "title",
@@ -54,6 +55,8 @@ _ANNOTATIONS = {
     "$defs",
     "definitions",
 }
+# Beside a wrapper these say nothing that is not said inside of it.
+_BESIDE = {*_ANNOTATIONS, "type", "additionalProperties"}
 _KNOWN = {*_RULES, *_MEANING, *_WRAPPERS, *_ANNOTATIONS}
 
 
@@ -75,6 +78,8 @@ def choices(values: Sequence[Any], path: str) -> Leaf:
     """One of these: labels land in an Enum of exactly them, whole numbers in Int64."""
     nullable = None in values
     given = tuple(value for value in values if value is not None)
+    if any(isinstance(value, (list, dict)) for value in given):
+        refuse(path, "is one of lists or objects.", "use texts, or whole numbers.")
     if len(set(given)) < len(given):
         refuse(path, "names a value twice.", "name each once.")
     if given and all(type(value) is int and abs(value) < 2**63 for value in given):
@@ -107,19 +112,26 @@ class _Reader:
         return dataclasses.replace(shape, description=said) if isinstance(said, str) and said else shape
 
     def _wrapped(self, node: Mapping[str, Any], path: str, above: tuple[str, ...]) -> Shape:
-        if "$ref" in node:
-            reference = node["$ref"]
-            if reference in above:
-                refuse(
-                    path,
-                    f"is {reference!r} again, inside itself.",
-                    "a dtype is finite: write the levels out.",
-                )
-            return self.shape(self._resolved(reference, path), path, (*above, reference))
-        for word in ("anyOf", "oneOf", "allOf"):
-            if word in node:
-                return self._union(node[word], path, above)
-        return self._plain(node, path, above)
+        wrapper = next((word for word in _WRAPPERS if word in node), None)
+        if wrapper is None:
+            return self._plain(node, path, above)
+        beside = next((word for word in node if word != wrapper and word not in _BESIDE), None)
+        if beside is not None:
+            refuse(
+                path,
+                f"has {beside!r} beside {wrapper!r}, which has no strict form.",
+                f"write all of it in one place, without {wrapper}.",
+            )
+        if wrapper != "$ref":
+            return self._union(wrapper, node[wrapper], path, above)
+        reference = node["$ref"]
+        if reference in above:
+            refuse(
+                path,
+                f"is {reference!r} again, inside itself.",
+                "a dtype is finite: write the levels out.",
+            )
+        return self.shape(self._resolved(reference, path), path, (*above, reference))
 
     def _resolved(self, reference: Any, path: str) -> Any:
         node: Any = self._root
@@ -132,8 +144,12 @@ class _Reader:
             refuse(path, f"refers to {reference!r}, which is not there.", "put it under $defs.")
         return node
 
-    def _union(self, parts: Any, path: str, above: tuple[str, ...]) -> Shape:
+    def _union(self, word: str, parts: Any, path: str, above: tuple[str, ...]) -> Shape:
+        if not isinstance(parts, Sequence) or isinstance(parts, str):
+            refuse(path, f"has {word} {parts!r}, which is no list.", "list the schemas.")
         rest = [part for part in parts if part != {"type": "null"}]
+        if len(rest) > 1 and word == "allOf":
+            refuse(path, "is several schemas at once (allOf).", "write them as one, without allOf.")
         if len(rest) != 1:
             refuse(path, "may have several types, and a column has one.", "keep one of them, and null.")
         shape = self.shape(rest[0], path, above)
@@ -142,7 +158,7 @@ class _Reader:
     def _plain(self, node: Mapping[str, Any], path: str, above: tuple[str, ...]) -> Shape:
         kind, nullable = _kind(node, path)
         if "enum" in node or "const" in node:
-            shape: Shape = choices(node["enum"] if "enum" in node else [node["const"]], path)
+            shape: Shape = _choice(kind, node, path)
         elif kind == "object":
             shape = self._object(node, path, above)
         elif kind == "array":
@@ -155,7 +171,14 @@ class _Reader:
         if node.get("additionalProperties", False) is not False:
             refuse(path, "is open for other properties.", "set additionalProperties to false, or use a list.")
         properties = node.get("properties") or refuse(path, "has no properties.", "name at least one.")
-        required = node.get("required", ())
+        if not isinstance(properties, Mapping):
+            refuse(path, f"has properties {properties!r}, which is no dict.", "map names to schemas.")
+        required = node.get("required", [])
+        if not isinstance(required, Sequence) or isinstance(required, str):
+            refuse(path, f"has required {required!r}, which is no list.", "list names of properties.")
+        for name in required:
+            if name not in properties:
+                refuse(path, f"requires {name!r}, which is none of its properties.", "mend the name.")
         fields = []
         for name, inner in properties.items():
             shape = self.shape(inner, named(path, name), above)
@@ -170,10 +193,22 @@ class _Reader:
         return Items(inner=inner, rules=rules_of("array", _rules(node), path))
 
 
+def _choice(kind: str, node: Mapping[str, Any], path: str) -> Leaf:
+    values = node["enum"] if "enum" in node else [node["const"]]
+    if not isinstance(values, Sequence) or isinstance(values, str):
+        refuse(path, f"has enum {values!r}, which is no list.", "list the values.")
+    leaf = choices(values, path)
+    if kind not in ("", leaf.kind):
+        refuse(path, f"has the type {kind!r}, and values that are {leaf.kind}s.", "mend one of the two.")
+    return leaf
+
+
 def _kind(node: Mapping[str, Any], path: str) -> tuple[str, bool]:
     kinds = node.get("type", "object" if "properties" in node else None)
     if kinds is None and ("enum" in node or "const" in node):
         return "", False
+    if not isinstance(kinds, (str, list, tuple, types.NoneType)):
+        refuse(path, f"has the type {kinds!r}, which JSON Schema does not have.", "see docs/schema.md.")
     listed = [kinds] if isinstance(kinds, str) else list(kinds or ())
     rest = [kind for kind in listed if kind != "null"]
     if len(rest) != 1:
@@ -184,6 +219,8 @@ def _kind(node: Mapping[str, Any], path: str) -> tuple[str, bool]:
 
 def _leaf(kind: str, node: Mapping[str, Any], path: str) -> Leaf:
     format_ = node.get("format")
+    if not isinstance(format_, (str, types.NoneType)):
+        refuse(path, f"has format {format_!r}, which is no text.", "for example 'date-time'.")
     if (kind, None) not in _LEAVES:
         refuse(path, f"has the type {kind!r}, which JSON Schema does not have.", "see docs/schema.md.")
     dtype = _LEAVES.get((kind, format_), _LEAVES[kind, None])

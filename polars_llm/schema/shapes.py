@@ -29,6 +29,16 @@ _KEYWORDS = {
     "boolean": (),
 }
 
+# Each lower bound, and the upper bounds that it must leave room under.
+_SIDES = (
+    ("minLength", "maxLength"),
+    ("minItems", "maxItems"),
+    ("minimum", "maximum"),
+    ("minimum", "exclusiveMaximum"),
+    ("exclusiveMinimum", "maximum"),
+    ("exclusiveMinimum", "exclusiveMaximum"),
+)
+
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Leaf:
@@ -91,10 +101,24 @@ def rules_of(kind: str, given: Mapping[str, Any], path: str) -> Rules:
         if value is not None and name not in known:
             refuse(path, f"has {name}, which says nothing about JSON type {kind!r}.", f"leave {name} out.")
     rules = tuple((name, _bound(name, given[name], path)) for name in known if given.get(name) is not None)
+    _check_room(dict(rules), path)
     step = dict(rules).get("multipleOf", 1)
     if kind == "integer" and not isinstance(step, int):
         refuse(path, f"has multipleOf {step}, and is an integer.", "give a whole number.")
     return rules
+
+
+def _check_room(rules: Mapping[str, Any], path: str) -> None:
+    """Refuse bounds between which nothing fits: every answer would be paid for and fail."""
+    for low, high in _SIDES:
+        if low in rules and high in rules:
+            closed = not (low + high).count("exclusive")
+            if rules[low] > rules[high] or (rules[low] == rules[high] and not closed):
+                refuse(
+                    path,
+                    f"has {low} {rules[low]} and {high} {rules[high]}: nothing fits.",
+                    "mend one of the two.",
+                )
 
 
 def _bound(name: str, value: Any, path: str) -> Any:

@@ -9,6 +9,7 @@ import json
 import pickle
 import subprocess
 import sys
+import typing
 from decimal import Decimal
 from typing import Annotated, Any, Literal, NewType, NotRequired, Optional, TypedDict
 from uuid import UUID
@@ -188,6 +189,33 @@ def test_an_alias_is_the_name() -> None:
         kind: str = pydantic.Field(alias="type")
 
     assert freeze(Aliased).dtype == pl.Struct({"type": pl.String})
+
+
+def test_constraints_on_a_dtype_count_and_do_not_widen_it() -> None:
+    found = freeze(
+        {
+            "a": Annotated[pl.Int8, pydantic.Field(ge=-1_000, le=5), "How many"],
+            "b": Annotated[pl.List(pl.String), pydantic.Field(min_length=1)],
+        }
+    )
+    fields = json.loads(found.json)["properties"]
+    assert fields["a"] == {"description": "How many", "type": "integer", "minimum": -128, "maximum": 5}
+    assert fields["b"] == {"type": "array", "items": {"type": "string"}, "minItems": 1}
+    assert found.dtype == pl.Struct({"a": pl.Int8, "b": pl.List(pl.String)})
+
+
+@pydantic.dataclasses.dataclass
+class LineOfPydantic:
+    item: str = pydantic.Field(description="What was bought", min_length=2)
+    count: int = pydantic.Field(default=1, alias="n", ge=1, le=99)
+
+
+def test_fields_of_a_pydantic_dataclass_are_those_of_a_model() -> None:
+    class Model(pydantic.BaseModel):
+        item: str = pydantic.Field(description="What was bought", min_length=2)
+        n: int = pydantic.Field(default=1, ge=1, le=99)
+
+    assert freeze(LineOfPydantic).json == freeze(Model).json
 
 
 def test_references_and_wrappers_of_json_schema() -> None:
@@ -402,6 +430,23 @@ class UnresolvedClass:
     a: NotThere  # type: ignore[name-defined]  # noqa: F821
 
 
+@dataclasses.dataclass
+class Misspelt:
+    a: dt.Date  # type: ignore[name-defined]
+
+
+class Twins(pydantic.BaseModel):
+    a: int = pydantic.Field(alias="n")
+    b: int = pydantic.Field(alias="n")
+
+
+def in_json(field: dict[str, Any]) -> dict[str, Any]:
+    return {"type": "object", "properties": {"a": field}, "$defs": {"n": {"type": "integer"}}}
+
+
+INSIDE_ITSELF: dict[str, Any] = {}
+INSIDE_ITSELF["a"] = INSIDE_ITSELF
+
 REFUSED: list[tuple[Any, str, str]] = [
     (int, "The schema is not an object", ""),
     (list[Receipt], "The schema is not an object", ""),
@@ -446,6 +491,37 @@ REFUSED: list[tuple[Any, str, str]] = [
     ({"type": "object", "properties": {"a": {"$ref": "#"}}}, "'a'", ""),
     ({"type": "object", "properties": {"a": {"type": "object", "additionalProperties": True}}}, "'a'", ""),
     ({"type": "object", "properties": {"a": {"type": "number", "minimum": "x"}}}, "'a'", "not a number"),
+    # What would be lost without a word, or paid for in vain.
+    (in_json({"$ref": "#/$defs/n", "minimum": 3}), "'a'", "'minimum' beside '$ref'"),
+    (in_json({"anyOf": [{"type": "integer"}, {"type": "null"}], "maximum": 3}), "'a'", "beside 'anyOf'"),
+    ({**in_json({"type": "integer"}), "allOf": [{"$ref": "#/$defs/n"}]}, "The schema", "beside 'allOf'"),
+    (in_json({"allOf": [{"type": "integer"}, {"minimum": 1}]}), "'a'", "several schemas at once"),
+    ({**in_json({"type": "integer"}), "required": ["b"]}, "requires 'b'", "mend the name"),
+    ({**in_json({"type": "integer"}), "required": "a"}, "required 'a'", "no list"),
+    (in_json({"type": "integer", "minimum": 2, "maximum": 1}), "'a'", "nothing fits"),
+    ({"a": Annotated[float, pydantic.Field(gt=1, le=1)]}, "'a'", "nothing fits"),
+    ({"a": Annotated[str, pydantic.Field(min_length=2, max_length=1)]}, "'a'", "nothing fits"),
+    ({"a": Annotated[pl.Int8, pydantic.Field(ge=200)]}, "'a'", "minimum 200 and maximum 127"),
+    ({"a": Annotated[Decimal, pydantic.Field(max_digits=5)]}, "'a'", "no decimal_places"),
+    ({"a": Annotated[Decimal, pydantic.Field(max_digits=3, decimal_places=4)]}, "'a'", "4 are decimal"),
+    ({"a": Annotated[Decimal, pydantic.Field(max_digits=39, decimal_places=4)]}, "'a'", "1 to 38"),
+    ({"a": pl.Decimal(39, 2)}, "'a'", "1 to 38"),
+    (Twins, "Twins", "'n'"),
+    # What is no schema at all.
+    (in_json({"enum": [[1]]}), "'a'", "lists or objects"),
+    (in_json({"enum": 5}), "'a'", "no list"),
+    (in_json({"type": "integer", "enum": ["x"]}), "'a'", "values that are strings"),
+    (in_json({"anyOf": 5}), "'a'", "no list"),
+    (in_json({"type": 5}), "'a'", "type 5"),
+    (in_json({"type": "string", "format": ["date"]}), "'a'", "no text"),
+    ({"type": "object", "properties": ["a"]}, "properties ['a']", "no dict"),
+    ({"type": "object", "properties": {1: {"type": "integer"}}}, "names in JSON are strings", ""),
+    ({"name": "a", "strict": True, "schema": {}}, "response_format", "under 'schema'"),
+    ({"type": "json_schema", "json_schema": {}}, "response_format", "under 'schema'"),
+    ({"a": typing.List}, "'a'", "list[str]"),  # noqa: UP006 (the older spelling is the point)
+    (INSIDE_ITSELF, "'a'", "inside itself"),
+    (Misspelt, "cannot be resolved", "module level"),
+    ({"a": pydantic.AnyUrl}, "'a'", "str for an address"),
 ]
 
 
