@@ -174,8 +174,13 @@ def normalise_base_url(address: str | None, *, own: str) -> str | None:
     """
     if not address:
         return None
-    parts = urlsplit(address.strip())
-    if parts.scheme.lower() not in _DEFAULT_PORTS or not parts.hostname:
+    try:
+        parts = urlsplit(address.strip())
+        known = parts.scheme.lower() in _DEFAULT_PORTS and bool(parts.hostname)
+        port = parts.port
+    except ValueError:  # a port that is no number, a bracket that is not closed
+        known = False
+    if not known or not parts.hostname:
         raise InvalidRequest(
             "base_url is not an http or https address",
             hint="for example base_url='https://host/v1'. Nothing was sent.",
@@ -183,8 +188,8 @@ def normalise_base_url(address: str | None, *, own: str) -> str | None:
     host = parts.hostname.lower()
     if ":" in host:
         host = f"[{host}]"
-    if parts.port and parts.port != _DEFAULT_PORTS[parts.scheme.lower()]:
-        host = f"{host}:{parts.port}"
+    if port and port != _DEFAULT_PORTS[parts.scheme.lower()]:
+        host = f"{host}:{port}"
     clean = urlunsplit((parts.scheme.lower(), host, parts.path.rstrip("/"), "", ""))
     return None if clean == own.rstrip("/") else clean
 

@@ -36,7 +36,18 @@ def test_other_hosts_lose_secrets_and_spelling(address: str, name: str) -> None:
     assert normalise_base_url(address, own=OWN) == name
 
 
-@pytest.mark.parametrize("address", ["host/v1", "ftp://host", "https://", "file:///tmp"])
+@pytest.mark.parametrize(
+    "address",
+    [
+        "host/v1",
+        "ftp://host",
+        "https://",
+        "file:///tmp",
+        "http://host:99999/v1",
+        "http://host:x",
+        "http://[::1",
+    ],
+)
 def test_what_is_no_address_is_refused(address: str) -> None:
     with pytest.raises(InvalidRequest):
         normalise_base_url(address, own=OWN)
