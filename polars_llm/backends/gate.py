@@ -144,7 +144,8 @@ class Gate:
         if reply["state"] == ACCOUNT or http.status == 429:
             self._breaker.undecided(sent.trying)
         else:
-            self._bad(sent, now, f"status {http.status}")
+            unread = 200 <= http.status < 300 and reply.get("error")
+            self._bad(sent, now, str(unread or f"status {http.status}"))
 
     def _brake(self, sent: Sent, problem: CallFailed, now: float) -> None:
         asked = problem.retry_after

@@ -320,6 +320,15 @@ def test_an_outage_stops_the_sending_and_is_survived(
     assert "going on" in caplog.text
 
 
+def test_replies_that_cannot_be_read_stop_the_sending_by_that_name(
+    provider: testing.Provider, caplog: pytest.LogCaptureFixture
+) -> None:
+    provider.fault("create-then-garbage", operation=_ANSWERING, times=6)
+    out = asked(pl.DataFrame({"id": range(12), "prompt": [said(n) for n in range(12)]}), max_concurrency=6)
+    assert out["response"].null_count() == 0
+    assert "requests failed (unreadable_reply)" in caplog.text
+
+
 def test_patience_ends(provider: testing.Provider, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Realtime, "patience", 1.0)
     provider.fault("status", operation=_ANSWERING, status=503, times=None)
