@@ -39,6 +39,12 @@ __all__ = ["estimated", "expression", "lazily", "never_ends", "on_frame", "on_se
 
 def on_frame(frame: pl.DataFrame, verb: Verb) -> pl.DataFrame:
     """The frame with the answers as a column."""
+    for given in (verb.prompt, verb.images):
+        if isinstance(given, pl.Series) and given.len() not in {1, frame.height}:
+            raise InvalidRequest(
+                f"The Series {given.name!r} has {given.len():,} rows and the frame {frame.height:,}",
+                hint="pass one value for each row of the frame. Nothing was sent.",
+            )
     return _answer(frame, verb)
 
 
@@ -223,6 +229,12 @@ _built: dict[int, tuple[weakref.ref[pl.LazyFrame], pl.LazyFrame, tuple[Verb, ...
 
 def lazily(lf: pl.LazyFrame, verb: Verb) -> pl.LazyFrame:
     """The lazy frame with the answers as a column; nothing runs now."""
+    if isinstance(verb.prompt, pl.Series) or isinstance(verb.images, pl.Series):
+        raise InvalidRequest(
+            "A Series has rows of its own, and those of a lazy frame are not known before it is collected",
+            hint="pass the name of a column or an expression; lf.collect().llm takes a Series. Nothing was"
+            " sent.",
+        )
     base, before = _beside(lf, verb)
     verbs = (*before, verb)
     made = _on_main_thread(base, verbs) if _takes_long(verb) else _source(base, verbs)

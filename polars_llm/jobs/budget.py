@@ -168,6 +168,6 @@ def _compare(cost: float | None, reserved: float | None, limit: float, what: str
         cost_usd=cost,
         max_cost=limit,
         reserved_usd=reserved,
-        hint="lf.llm.estimate(...) shows the whole estimate; a smaller max_tokens or fewer rows cost less, a"
-        " larger max_cost allows it. Nothing was sent.",
+        hint="lf.llm.estimate(...) shows the whole estimate; fewer rows cost less, and so does a smaller"
+        " max_tokens where the answers are text; a larger max_cost allows it. Nothing was sent.",
     )

@@ -85,11 +85,11 @@ def test_killed_at_every_event_of_a_run(workers: Workers, figures: Counter[str],
         assert died.killed or died.answers == prompts, f"{label}; {died.trace}"
         figures["processes killed in a realtime run"] += died.killed
         durable = kept(cache)
-        before = sum(worker.asked[p] for p in prompts)
         after = run(worker, cache, protocol, prompts)
         assert after.answers == prompts, f"{label}; {after.trace}"
         assert after.open_jobs == [], label
-        assert sum(worker.asked[p] for p in prompts) - before <= 2 - durable, label
+        # What the killed process had sent may be counted after it died: only the sum is certain.
+        assert sum(worker.asked[p] for p in prompts) <= 4 - durable, label
         assert all(worker.asked[p] in (1, 2) for p in prompts), label
 
     workers.map(one, cases)
