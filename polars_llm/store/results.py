@@ -9,7 +9,6 @@ least one segment at any time, and it doesn't matter that for a moment it is in 
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import os
 import threading
 import time
@@ -18,14 +17,12 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import polars as pl
-from polars.io.plugins import register_io_source
 
-from polars_llm.answer import ANSWER_SCHEMA, RETRY
 from polars_llm.errors import CacheCorrupt, CacheError
 from polars_llm.store import index as key_index
 from polars_llm.store import locks, segment
 from polars_llm.store.directory import os_errors, sync_directory
-from polars_llm.store.index import INDEX_SCHEMA, KeyIndex
+from polars_llm.store.indexed import GONE, IndexedResults, View, check_answers, check_columns
 
 __all__ = ["ParquetResults", "ResultStore"]
 
@@ -97,20 +94,9 @@ _RESTLESS_S = 30.0
 # One byte for each time that merged segments are about to be removed: it tells a listing that some of what
 # it did not see may have gone while it was looking, and where it went it had looked already.
 _REMOVALS = ".removals"
-_SCAN_ROWS = 1 << 16
-_GONE = 2**32 - 1
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
-class _View:
-    """The segments that were there at some moment, and the index of their keys."""
-
-    names: frozenset[str] = frozenset()
-    index: KeyIndex = dataclasses.field(default_factory=KeyIndex)
-    unsaved: int = 0
-
-
-class ParquetResults:
+class ParquetResults(IndexedResults):
     """A directory of Parquet segments.
 
     Parameters
@@ -121,13 +107,10 @@ class ParquetResults:
     """
 
     def __init__(self, directory: Path) -> None:
+        super().__init__()
         self._directory = Path(directory)
-        self._view: _View | None = None
+        self._view: View | None = None
         self._refreshing = threading.RLock()
-        # Names by number, of every segment ever seen: a number never changes its meaning. Guarded by a lock
-        # that is never held while Polars works.
-        self._names: list[str] = []
-        self._naming = threading.Lock()
         self._left_alone: set[str] = set()
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -138,24 +121,16 @@ class ParquetResults:
 
     def add(self, answers: pl.DataFrame) -> None:
         """See `ResultStore`."""
-        _check(answers)
+        check_answers(answers)
         if answers.is_empty():
             return
         with os_errors(self._directory):
             self._directory.mkdir(mode=0o700, parents=True, exist_ok=True)
         segment.write(self._directory, answers, self._listed)
 
-    def find(self, keys: pl.Series) -> pl.DataFrame:
-        """See `ResultStore`."""
-        if keys.dtype != pl.UInt128:
-            raise TypeError(f"keys are UInt128, not {keys.dtype}")
-        return self._current().index.find(keys)
-
     def read(self, found: pl.DataFrame, columns: Sequence[str]) -> pl.DataFrame:
         """See `ResultStore`."""
-        unknown = [name for name in columns if name not in ANSWER_SCHEMA]
-        if unknown:
-            raise ValueError(f"answers have no columns {unknown}")
+        check_columns(columns)
         deadline = time.monotonic() + _RESTLESS_S
         while True:
             try:
@@ -166,24 +141,6 @@ class ParquetResults:
                 self._view = None
             self._not_for_ever(deadline)
             found = self._found_again(found)
-
-    def scan(self) -> pl.LazyFrame:
-        """See `ResultStore`."""
-
-        def source(
-            with_columns: list[str] | None,
-            predicate: pl.Expr | None,
-            n_rows: int | None,
-            batch_size: int | None,  # noqa: ARG001 (a batch is what is read together)
-        ) -> Iterator[pl.DataFrame]:
-            columns = list(ANSWER_SCHEMA) if with_columns is None else with_columns
-            for found in self._batches(n_rows):
-                rows = self.read(found, columns)
-                yield rows if predicate is None else rows.filter(predicate)
-
-        # Damage is said here: what is raised in a source comes out of Polars 1 as a ComputeError.
-        self._current()
-        return register_io_source(source, schema=dict(ANSWER_SCHEMA))
 
     def compact(self) -> None:
         """See `ResultStore`."""
@@ -201,20 +158,11 @@ class ParquetResults:
 
     # --- reading ---------------------------------------------------------------------------------------
 
-    def _read(self, found: pl.DataFrame, columns: list[str]) -> pl.DataFrame:
-        schema = {name: ANSWER_SCHEMA[name] for name in columns}
-        place = pl.col("segment").cast(pl.UInt64) * 2**32 + pl.col("row")
-        hits = found.select("key", place.alias("place")).with_row_index("position")
-        if hits["place"].has_nulls():
-            hits = hits.drop_nulls("place")
-        if not hits["place"].is_sorted():
-            hits = hits.sort("place")
-        if hits.is_empty():
-            return pl.DataFrame(schema=schema).clear(found.height)
+    def _fetched(self, hits: pl.DataFrame, columns: Sequence[str]) -> tuple[pl.DataFrame, pl.Series]:
         parts = [self._take(part, columns) for part in _by_span(hits)]
-        return _in_order(pl.concat(parts), hits["position"], found.height)
+        return pl.concat(parts), hits["position"]
 
-    def _take(self, hits: pl.DataFrame, columns: list[str]) -> pl.DataFrame:
+    def _take(self, hits: pl.DataFrame, columns: Sequence[str]) -> pl.DataFrame:
         number = int(hits["place"][0]) >> 32
         if number >= len(self._names):
             raise segment.Moved(str(number))
@@ -243,17 +191,6 @@ class ParquetResults:
                 path=str(self._directory),
                 hint="run the same line again. Nothing was sent.",
             )
-
-    def _batches(self, n_rows: int | None) -> Iterator[pl.DataFrame]:
-        """Where everything is, in written order; at least one batch, so that an empty store has columns."""
-        view = self._current()
-        ranks = self._ranks(view.names)
-        runs = view.index.merged().runs
-        where = runs[0].select("key", "segment", "row") if runs else pl.DataFrame(schema=INDEX_SCHEMA)
-        where = where.with_columns(rank=ranks.gather(where["segment"])).sort("rank", "row").drop("rank")
-        where = where if n_rows is None else where.head(n_rows)
-        for start in range(0, max(where.height, 1), _SCAN_ROWS):
-            yield where.slice(start, _SCAN_ROWS)
 
     # --- what is there ---------------------------------------------------------------------------------
 
@@ -296,7 +233,7 @@ class ParquetResults:
                 stamps[name] = f"{status.st_size} {status.st_mtime_ns}"
         return stamps
 
-    def _current(self) -> _View:
+    def _current(self) -> View:
         """The index over all that is on disk now. Cheap if that is what it was."""
         names = self._listed()
         view = self._view
@@ -310,7 +247,7 @@ class ParquetResults:
             if ours:
                 self._refreshing.release()
 
-    def _refreshed(self) -> _View:
+    def _refreshed(self) -> View:
         deadline = time.monotonic() + _RESTLESS_S
         while True:
             names = self._listed()
@@ -324,7 +261,7 @@ class ParquetResults:
             # Some were merged since they were listed: those that were read stay, and it is listed again.
             self._not_for_ever(deadline)
 
-    def _extended(self, view: _View, names: frozenset[str]) -> _View:
+    def _extended(self, view: View, names: frozenset[str]) -> View:
         """The view of `names`, or on the way there if some are gone by now."""
         entries, read = self._entries(sorted(names - view.names))
         complete = read >= names - view.names
@@ -335,10 +272,10 @@ class ParquetResults:
             index, unsaved = index.extended(entries, ranks), unsaved + entries.height
         if complete and not view.names <= names:
             index = index.merged()
-            if index.runs and (ranks.gather(index.runs[0]["segment"].unique()) == _GONE).any():
+            if index.runs and (ranks.gather(index.runs[0]["segment"].unique()) == GONE).any():
                 # Taken away rather than merged: what those rows had hidden counts again.
-                return self._extended(_View(), names)
-        return _View(known, index, unsaved)
+                return self._extended(View(), names)
+        return View(known, index, unsaved)
 
     def _entries(self, names: Sequence[str]) -> tuple[pl.DataFrame, frozenset[str]]:
         """What the index keeps of those segments, and which of them were still there."""
@@ -349,36 +286,22 @@ class ParquetResults:
                 read.append(name)
         return pl.concat(entries) if entries else pl.DataFrame(), frozenset(read)
 
-    def _numbered(self, names: Sequence[str]) -> dict[int, str]:
-        with self._naming:
-            numbers = {name: number for number, name in enumerate(self._names)}
-            for name in names:
-                if name not in numbers:
-                    numbers[name] = len(self._names)
-                    self._names.append(name)
-        return {numbers[name]: name for name in names}
-
-    def _ranks(self, names: frozenset[str]) -> pl.Series:
-        """By number, the place in the written order; those that are gone come last."""
-        written = {name: rank for rank, name in enumerate(sorted(names))}
-        return pl.Series([written.get(name, _GONE) for name in list(self._names)], dtype=pl.UInt32)
-
-    def _loaded(self, names: frozenset[str]) -> _View:
+    def _loaded(self, names: frozenset[str]) -> View:
         loaded = None if self._names else key_index.load(self._directory / _INDEX)
         if loaded is None:
-            return _View()
+            return View()
         index, covered = loaded
         now = self._stamps()
         # A segment is never changed; if one was, nothing that was noted about it is believed.
         if any(now.get(name, stamp) != stamp for name, stamp in covered):
-            return _View()
+            return View()
         with self._naming:
             if self._names:
-                return _View()
+                return View()
             self._names = [name for name, _ in covered]
-        return _View(frozenset(self._names), index)
+        return View(frozenset(self._names), index)
 
-    def _saved(self, view: _View) -> _View:
+    def _saved(self, view: View) -> View:
         if view.unsaved < max(_UNSAVED_ROWS, _UNSAVED_SHARE * view.index.height):
             return view
         index = view.index.merged()
@@ -387,7 +310,7 @@ class ParquetResults:
         # A directory that is full or cannot be written has no index: that costs time only.
         with contextlib.suppress(CacheError, OSError):
             key_index.save(self._directory / _INDEX, index, covered)
-        return _View(view.names, index)
+        return View(view.names, index)
 
     # --- merging ---------------------------------------------------------------------------------------
 
@@ -428,30 +351,9 @@ class ParquetResults:
             (self._directory / name).unlink(missing_ok=True)
 
 
-def _check(answers: pl.DataFrame) -> None:
-    if answers.schema != pl.Schema(ANSWER_SCHEMA):
-        wrong = set(answers.schema.items()) ^ set(ANSWER_SCHEMA.items())
-        raise ValueError(f"answers do not have ANSWER_SCHEMA: {sorted(map(str, wrong)) or 'other order'}")
-    sound = (pl.col("key").bin.size() == 32) & (pl.col("state") <= RETRY) & (pl.col("attempt") >= 1)
-    if not answers.select(sound.fill_null(False).all()).item():
-        raise ValueError("every answer has a key of 32 bytes, a state and an attempt, 1 or more")
-
-
 def _by_span(hits: pl.DataFrame) -> Iterator[pl.DataFrame]:
     """Sorted by place: one part for each span of a segment."""
     start = 0
     for length in (hits["place"] // segment.SPAN).rle().struct.field("len"):
         yield hits.slice(start, length)
         start += length
-
-
-def _in_order(answers: pl.DataFrame, positions: pl.Series, height: int) -> pl.DataFrame:
-    """Each answer at its position, nulls elsewhere."""
-    if positions.len() == height and positions.is_sorted():
-        return answers
-    source = positions.to_frame().with_row_index("source").sort("position")
-    if positions.len() < height:
-        everywhere = pl.int_range(height, eager=True).cast(positions.dtype).alias("position").to_frame()
-        source = everywhere.join(source, on="position", how="left", maintain_order="left")
-    # From one chunk, Polars gathers text without copying it.
-    return answers.rechunk().select(pl.all().gather(source["source"]))
