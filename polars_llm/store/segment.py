@@ -25,7 +25,23 @@ from polars_llm.answer import ANSWER_SCHEMA, RETRY
 from polars_llm.errors import CacheCorrupt, CacheError
 from polars_llm.store.directory import write_atomic
 
-__all__ = ["SPAN", "SUFFIX", "Moved", "due", "entries", "merge", "replaced", "take", "unfinished", "write"]
+__all__ = [
+    "METADATA",
+    "NAME",
+    "PLACE",
+    "SPAN",
+    "SUFFIX",
+    "Moved",
+    "due",
+    "entries",
+    "key_prefix",
+    "merge",
+    "replaced",
+    "rows_in_group",
+    "take",
+    "unfinished",
+    "write",
+]
 
 SUFFIX = ".parquet"
 
@@ -37,9 +53,9 @@ _GROUPS_TOGETHER = 4
 SPAN = 1 << 19
 """`take` is called for rows of one span, that is with the same ``row // SPAN``."""
 
-_NAME = re.compile(r"(?P<order>\d{20})-[0-9a-f]{8}(?P<merge>-[0-9a-f]{8})?\.parquet")
-_PLACE = len("00000000000000000000-00000000")
-_METADATA = "polars_llm"
+NAME = re.compile(r"(?P<order>\d{20})-[0-9a-f]{8}(?P<merge>-[0-9a-f]{8})?\.parquet")
+PLACE = len("00000000000000000000-00000000")
+METADATA = "polars_llm"
 
 # Merging: a neighbour is taken in if it is not larger than what was gathered so far, so that each answer is
 # written again a logarithmic number of times only; very small ones always.
@@ -65,7 +81,7 @@ class _Metadata:
             "compression_level": 1,  # level 3 is 8 % smaller and takes 1.6 times as long to write
             "row_group_size": self.group,
             "statistics": False,  # keys are random, and nothing else is looked for
-            "metadata": {_METADATA: json.dumps(dataclasses.asdict(self))},
+            "metadata": {METADATA: json.dumps(dataclasses.asdict(self))},
         }
 
 
@@ -86,13 +102,16 @@ def write(directory: Path, answers: pl.DataFrame, listed: Callable[[], Iterable[
         The names that are there; asked for at the last moment, for the new name comes after them.
     """
     file = io.BytesIO()
-    # Embeddings and long answers have fewer rows in a group.
-    fitting = max(_BYTES_IN_GROUP * answers.height // max(int(answers.estimated_size()), 1), 1)
-    group = min(1 << (fitting.bit_length() - 1), _ROWS_IN_GROUP)
-    answers.write_parquet(file, **_Metadata(group).layout())
+    answers.write_parquet(file, **_Metadata(rows_in_group(answers)).layout())
     # The greatest of all, also when a clock was set back.
-    orders = [int(match["order"]) + 1 for match in map(_NAME.fullmatch, listed()) if match]
+    orders = [int(match["order"]) + 1 for match in map(NAME.fullmatch, listed()) if match]
     _put(directory, f"{max([time.time_ns(), *orders]):020d}", file.getbuffer())
+
+
+def rows_in_group(answers: pl.DataFrame) -> int:
+    """Embeddings and long answers have fewer rows in a group."""
+    fitting = max(_BYTES_IN_GROUP * answers.height // max(int(answers.estimated_size()), 1), 1)
+    return min(1 << (fitting.bit_length() - 1), _ROWS_IN_GROUP)
 
 
 def _put(directory: Path, place: str, data: memoryview) -> None:
@@ -105,7 +124,7 @@ def _put(directory: Path, place: str, data: memoryview) -> None:
 
 
 def _metadata(path: Path) -> _Metadata:
-    said = json.loads(pl.read_parquet_metadata(path).get(_METADATA, "{}"))
+    said = json.loads(pl.read_parquet_metadata(path).get(METADATA, "{}"))
     return _Metadata(int(said.get("group", _ROWS_IN_GROUP)), list(said.get("replaces", [])))
 
 
@@ -145,7 +164,7 @@ def entries(path: Path, number: int) -> pl.DataFrame:
 
 def _verify(path: Path) -> None:
     """Compare what is in the file with its name: 0.06 s for the 276 MB of a million answers."""
-    if _NAME.fullmatch(path.name) is None:
+    if NAME.fullmatch(path.name) is None:
         return
     checksum = 0
     with path.open("rb", buffering=0) as file:
@@ -217,7 +236,7 @@ def due(sizes: Mapping[str, int], fixed: Set[str] = frozenset()) -> list[str]:
     total = 0
     for name in sorted(sizes, reverse=True):
         size = sizes[name]
-        free = name not in fixed and _NAME.fullmatch(name) is not None
+        free = name not in fixed and NAME.fullmatch(name) is not None
         if free and groups and size <= max(total, _SMALL) and total + size <= _LARGE:
             groups[-1].append(name)
             total += size
@@ -243,7 +262,7 @@ def merge(directory: Path, names: Sequence[str], still_neighbours: Callable[[], 
         raise Moved(names[0]) from error
     if not still_neighbours():
         raise Moved(names[0])
-    _put(directory, names[0][:_PLACE], file.getbuffer())
+    _put(directory, names[0][:PLACE], file.getbuffer())
 
 
 def _encode_together(directory: Path, names: Sequence[str]) -> io.BytesIO:
@@ -269,10 +288,10 @@ def unfinished(listed: Iterable[str]) -> list[str]:
     """Merged segments that share their place with one that they replace, which therefore is still there."""
     places: dict[str, list[str]] = {}
     for name in listed:
-        if _NAME.fullmatch(name):
-            places.setdefault(name[:_PLACE], []).append(name)
+        if NAME.fullmatch(name):
+            places.setdefault(name[:PLACE], []).append(name)
     shared = (names for names in places.values() if len(names) > 1)
-    return [name for names in shared for name in names if len(Path(name).stem) > _PLACE]
+    return [name for names in shared for name in names if len(Path(name).stem) > PLACE]
 
 
 def replaced(path: Path) -> list[str]:
