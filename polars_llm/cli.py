@@ -24,9 +24,8 @@ ERROR = 1
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
     chosen = _parser().parse_args(arguments)
-    if chosen.cache_dir is not None:
-        Config(cache_dir=chosen.cache_dir)
     try:
+        Config(cache_dir=chosen.cache_dir, ledger_dir=chosen.ledger_dir)
         code: int = chosen.run(chosen)
     except (PolarsLLMError, ImportError) as error:
         print(f"polars-llm: {error}", file=sys.stderr)
@@ -126,7 +125,12 @@ def _parser() -> argparse.ArgumentParser:
     )
     common = argparse.ArgumentParser(add_help=False)
     common.add_argument("--json", action="store_true", help="one JSON object a line, for scripts")
-    common.add_argument("--cache-dir", type=Path, help="default: POLARS_LLM_CACHE_DIR, then the platform's")
+    common.add_argument(
+        "--cache-dir", help="directory or URL; default: POLARS_LLM_CACHE_DIR, then the platform's"
+    )
+    common.add_argument(
+        "--ledger-dir", help="local directory of a shared cache; default: POLARS_LLM_LEDGER_DIR"
+    )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     def add(name: str, run: object, text: str) -> argparse.ArgumentParser:

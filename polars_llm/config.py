@@ -8,14 +8,15 @@ import threading
 from datetime import UTC, date, datetime
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Literal, Self, TypeAlias, get_args
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Self, TypeAlias, get_args
 
+from polars_llm.address import store_url
 from polars_llm.errors import InvalidRequest
 
 if TYPE_CHECKING:
     from polars_llm.models import Model
 
-__all__ = ["Config", "OnError", "OnPending", "Settings", "settings", "usd"]
+__all__ = ["CacheLocation", "Config", "OnError", "OnPending", "Settings", "settings", "usd"]
 
 OnPending: TypeAlias = Literal["raise", "wait", "null"]
 OnError: TypeAlias = Literal["null", "raise"]
@@ -27,12 +28,22 @@ _DEFAULT_POLL_INTERVAL = 30.0
 _QUIET_PERIOD = 120.0
 
 
+class CacheLocation(NamedTuple):
+    """Where the cache is: a directory or an address of an object store; and a local directory beside it.
+
+    None is the default of either.
+    """
+
+    results: Path | str | None = None
+    ledger: Path | None = None
+
+
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Settings:
     """What holds for one call: explicit `Config`, else the environment, else the default."""
 
     model: str | Model | None
-    cache_dir: Path | None
+    cache: CacheLocation
     poll_interval: float
     on_pending: OnPending
     on_error: OnError
@@ -54,7 +65,12 @@ class Config:
         ``"openai/NAME"`` and so on, or a model object. Environment: ``POLARS_LLM_MODEL``.
     cache_dir
         Directory for jobs and results. Environment: ``POLARS_LLM_CACHE_DIR``; default: the
-        platform's cache directory.
+        platform's cache directory. Or an object store for the results (``"s3://BUCKET/PREFIX"``,
+        ``gs://``, ``az://``), which several hosts may share: docs/scale.md says what then holds.
+    ledger_dir
+        Local directory for all but the results, which makes `cache_dir` a place that several hosts may
+        share, such as a mounted directory. Environment: ``POLARS_LLM_LEDGER_DIR``; default, where
+        `cache_dir` is an object store: one under the platform's cache directory.
     poll_interval
         Longest time between two looks at a pending job while waiting, in seconds. Environment:
         ``POLARS_LLM_POLL_INTERVAL``; default 30.
@@ -73,7 +89,7 @@ class Config:
     Raises
     ------
     InvalidRequest
-        At call: a value that no verb would take.
+        At call: a value that no verb would take; a URL that may hold a secret.
 
     Examples
     --------
@@ -92,6 +108,7 @@ class Config:
         *,
         model: str | Model | None = None,
         cache_dir: str | os.PathLike[str] | None = None,
+        ledger_dir: str | os.PathLike[str] | None = None,
         poll_interval: float | None = None,
         on_pending: OnPending | None = None,
         on_error: OnError | None = None,
@@ -100,7 +117,8 @@ class Config:
     ) -> None:
         given = {
             "model": model,
-            "cache_dir": None if cache_dir is None else Path(cache_dir).expanduser(),
+            "cache_dir": None if cache_dir is None else _place(cache_dir),
+            "ledger_dir": None if ledger_dir is None else _local(ledger_dir),
             "poll_interval": None if poll_interval is None else _seconds(poll_interval, "poll_interval"),
             "on_pending": _one_of(on_pending, get_args(OnPending), "on_pending"),
             "on_error": _one_of(on_error, get_args(OnError), "on_error"),
@@ -136,6 +154,7 @@ def settings(*, on_pending: OnPending | None = None, on_error: OnError | None = 
     with _lock:
         chosen = dict(_chosen)
     cache_dir = chosen.get("cache_dir") or os.environ.get("POLARS_LLM_CACHE_DIR") or None
+    ledger_dir = chosen.get("ledger_dir") or os.environ.get("POLARS_LLM_LEDGER_DIR") or None
     interval = chosen.get("poll_interval")
     if interval is None:
         text = os.environ.get("POLARS_LLM_POLL_INTERVAL")
@@ -143,7 +162,9 @@ def settings(*, on_pending: OnPending | None = None, on_error: OnError | None = 
     quiet = os.environ.get("POLARS_LLM_QUIET_PERIOD")
     return Settings(
         model=chosen.get("model") or os.environ.get("POLARS_LLM_MODEL") or None,
-        cache_dir=Path(cache_dir).expanduser() if cache_dir else None,
+        cache=CacheLocation(
+            _place(cache_dir) if cache_dir else None, _local(ledger_dir) if ledger_dir else None
+        ),
         poll_interval=interval,
         on_pending=_one_of(on_pending, get_args(OnPending), "on_pending")
         or chosen.get("on_pending", "raise"),
@@ -152,6 +173,19 @@ def settings(*, on_pending: OnPending | None = None, on_error: OnError | None = 
         max_cost=chosen.get("max_cost"),
         max_cost_since=chosen.get("max_cost_since"),
     )
+
+
+def _place(value: str | os.PathLike[str]) -> Path | str:
+    return store_url(os.fspath(value)) or Path(value).expanduser()
+
+
+def _local(value: str | os.PathLike[str]) -> Path:
+    if store_url(os.fspath(value)) is not None:
+        raise InvalidRequest(
+            "ledger_dir is a URL; the ledger needs locks and transactions, so it lies on a local disk",
+            hint="give a directory of this host. Nothing was sent.",
+        )
+    return Path(value).expanduser()
 
 
 def usd(value: float | None) -> float | None:

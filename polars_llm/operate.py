@@ -44,7 +44,7 @@ _JOBS: dict[str, pl.DataType] = {
 
 
 def _store() -> Store:
-    return open_store(settings().cache_dir)
+    return open_store(*settings().cache)
 
 
 def jobs(*, open_only: bool = False) -> pl.DataFrame:

@@ -1,4 +1,4 @@
-"""An object store on a real socket (moto), with faults in front of it: what it refuses, loses, and shows late."""
+"""An object store on a real socket (moto), with faults in front of it."""
 
 from __future__ import annotations
 
@@ -127,9 +127,7 @@ class ObjectStore:
             if refused:
                 environ["wsgi.input"].read() if environ.get("CONTENT_LENGTH") else None
                 start(refused, [("Content-Type", "application/xml"), ("Connection", "close")])
-                return [
-                    b"<?xml version='1.0'?><Error><Code>ServiceUnavailable</Code><Message>no</Message></Error>"
-                ]
+                return [b"<Error><Code>ServiceUnavailable</Code><Message>no</Message></Error>"]
         said: list[Any] = []
         body = b"".join(self._app(environ, lambda *head: said.extend(head[:2])))
         for fault in due:

@@ -68,6 +68,6 @@ def embed(
         on_pending=chosen.on_pending,
         on_error=chosen.on_error,
         policy=policy(chosen, retry_failed=retry_failed, max_cost=max_cost),
-        cache_dir=chosen.cache_dir,
+        cache=chosen.cache,
         value=pl.Array(pl.Float32, length),
     )

@@ -170,7 +170,7 @@ def _bring(
     """
     groups: dict[Any, list[Wanted]] = {}
     for verb, requests in wanted:
-        groups.setdefault((verb.cache_dir, verb.policy), []).append((verb, requests))
+        groups.setdefault((verb.cache, verb.policy), []).append((verb, requests))
     paid = {id(group): spent(group[0][0], before) for group in groups.values()}
     _check_money(list(groups.values()), paid)
     last: list[Pending] = []
@@ -204,7 +204,7 @@ def _check_money(groups: Sequence[Sequence[Wanted]], paid: Mapping[int, float | 
     if len(groups) > 1:  # the limit of the cache is for all of them together
         by_cache: dict[Any, list[Wanted]] = {}
         for group in groups:
-            by_cache.setdefault(group[0][0].cache_dir, []).extend(group)
+            by_cache.setdefault(group[0][0].cache, []).extend(group)
         for wanted in by_cache.values():
             verb = wanted[0][0]
             check_money(needs(wanted), verb.store, dataclasses.replace(verb.policy, max_cost=None))

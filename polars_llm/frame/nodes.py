@@ -255,8 +255,8 @@ def _beside(lf: pl.LazyFrame, verb: Verb) -> tuple[pl.LazyFrame, tuple[Verb, ...
     _, base, verbs = made
     names = {v.name for v in verbs}
     alike = all(
-        (v.policy, v.on_pending, v.cache_dir, _takes_long(v))
-        == (verb.policy, verb.on_pending, verb.cache_dir, _takes_long(verb))
+        (v.policy, v.on_pending, v.cache, _takes_long(v))
+        == (verb.policy, verb.on_pending, verb.cache, _takes_long(verb))
         for v in verbs
     )
     if not alike or verb.name in names:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import dataclasses
 import threading
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias, TypedDict, Unpack, cast, get_args
 
 import polars as pl
@@ -18,7 +17,7 @@ import polars as pl
 from polars_llm.answer import DONE
 from polars_llm.backends.base import BatchBackend, LiveBackend, Options, is_batch
 from polars_llm.backends.hosts import is_loopback
-from polars_llm.config import OnError, OnPending, Settings, settings, usd
+from polars_llm.config import CacheLocation, OnError, OnPending, Settings, settings, usd
 from polars_llm.errors import InvalidRequest, UnansweredInput
 from polars_llm.forks import refuse_hanging
 from polars_llm.frame.column import Failures, column, full, warn
@@ -115,7 +114,7 @@ class Verb:
     on_pending: OnPending
     on_error: OnError
     policy: Policy
-    cache_dir: Path | None
+    cache: CacheLocation
     typed: Typed | None = None
     value: pl.DataType = dataclasses.field(default_factory=pl.String)
     """Of an answer: String for text, Array for vectors."""
@@ -131,7 +130,7 @@ class Verb:
     @property
     def store(self) -> Store:
         """The cache directory; made when it is first needed."""
-        return open_store(self.cache_dir)
+        return open_store(*self.cache)
 
     def inputs(self) -> list[pl.Expr]:
         """What it reads of a frame, under names of our own."""
@@ -331,8 +330,8 @@ def _asked_again(wanted: Sequence[Wanted]) -> list[Wanted] | None:
 
 def spent(verb: Verb, asked: Sequence[Wanted]) -> float | None:
     """What requests of verbs with this one's max_cost have cost by now, in USD; None if that is not known."""
-    limit = (verb.cache_dir, verb.policy.max_cost)
-    keys = [prefixes(r.frame) for v, r in asked if (v.cache_dir, v.policy.max_cost) == limit]
+    limit = (verb.cache, verb.policy.max_cost)
+    keys = [prefixes(r.frame) for v, r in asked if (v.cache, v.policy.max_cost) == limit]
     if verb.policy.max_cost is None or not keys:
         return 0.0
     results = verb.store.results
@@ -434,7 +433,7 @@ def generate(
         on_pending=chosen.on_pending,
         on_error=chosen.on_error,
         policy=policy(chosen, retry_failed=retry_failed, max_cost=max_cost),
-        cache_dir=chosen.cache_dir,
+        cache=chosen.cache,
         typed=typed,
     )
 

@@ -5,12 +5,17 @@ from __future__ import annotations
 import dataclasses
 import os
 import threading
+from collections.abc import Callable
 from pathlib import Path
 
+from polars_llm.address import store_url
 from polars_llm.forks import refuse_hanging
 from polars_llm.store.directory import CacheDirectory, default_path
 from polars_llm.store.ledger import DiskcacheLedger, Ledger
+from polars_llm.store.ledger_directory import LedgerDirectory, default_ledger
+from polars_llm.store.place import Place
 from polars_llm.store.results import ParquetResults, ResultStore
+from polars_llm.store.shared import SharedResults
 from polars_llm.store.spool import Spool
 
 __all__ = ["Store", "open_store"]
@@ -18,7 +23,7 @@ __all__ = ["Store", "open_store"]
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Store:
-    """One cache directory. Making it opens and creates nothing."""
+    """One cache. Making it opens and creates nothing."""
 
     directory: CacheDirectory
     ledger: Ledger
@@ -26,12 +31,20 @@ class Store:
     results: ResultStore
 
 
-_open: dict[tuple[int, Path], Store] = {}
+_open: dict[tuple[int, Path, str], Store] = {}
 _lock = threading.Lock()
 
 
-def open_store(path: Path | None = None) -> Store:
-    """The store at `path` (default: `default_path()`), the same object for all of this process.
+def open_store(cache: Path | str | None = None, ledger: Path | None = None) -> Store:
+    """The store at a place, the same object for all of this process.
+
+    Parameters
+    ----------
+    cache
+        A directory (default: `default_path()`), or the address of an object store.
+    ledger
+        A local directory for all but the results, which several hosts may then share. Default for an
+        object store: one under the platform's cache directory.
 
     Raises
     ------
@@ -39,15 +52,23 @@ def open_store(path: Path | None = None) -> Store:
         This process is a fork in which Polars would hang.
     """
     refuse_hanging()
-    directory = CacheDirectory(path or default_path())
+    url = store_url(str(cache)) if cache is not None else None
+    if url is None and ledger is None:
+        return _opened(CacheDirectory(cache or default_path()), "", lambda d: ParquetResults(d.results))
+    place = Place(url or cache or default_path())
+    directory = LedgerDirectory(ledger or default_ledger(place), place)
+    return _opened(directory, place.identity, lambda d: SharedResults(place, d.results))
+
+
+def _opened(directory: CacheDirectory, place: str, results: Callable[[CacheDirectory], ResultStore]) -> Store:
     with _lock:
         # A forked child starts anew: it must not share its parent's database handles.
-        name = (os.getpid(), directory.path)
+        name = (os.getpid(), directory.path, place)
         if name not in _open:
             _open[name] = Store(
                 directory=directory,
                 ledger=DiskcacheLedger(directory.jobs),
                 spool=Spool(directory.spool),
-                results=ParquetResults(directory.results),
+                results=results(directory),
             )
         return _open[name]

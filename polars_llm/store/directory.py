@@ -18,7 +18,7 @@ from polars_llm.errors import CacheCorrupt, CacheError, CacheUnsafe
 from polars_llm.store import locks
 from polars_llm.store.filesystem import file_system, is_shared
 
-__all__ = ["CacheDirectory", "default_path", "os_errors", "sync_directory", "write_atomic"]
+__all__ = ["SHARED_MARK", "CacheDirectory", "default_path", "os_errors", "sync_directory", "write_atomic"]
 
 _UNPAID = "Nothing was sent for it; what was paid for before stays at the provider and is fetched later."
 _CHOOSE = "set POLARS_LLM_CACHE_DIR to a directory that can be written."
@@ -126,6 +126,8 @@ locks/    who is at work now
 Deleting it means paying again for what is not read back with pllm.recover().
 """
 _TAG = "Signature: 8a477f597d28d172789f06886806bc55\n# See https://bford.info/cachedir/\n"
+SHARED_MARK = "place"
+"""In ``results``: this is the ledger of results elsewhere, and here is where."""
 _OURS = frozenset({"jobs", "results", "spool", "locks", "layout", "README.txt", "CACHEDIR.TAG", "lost+found"})
 
 
@@ -148,16 +150,26 @@ class CacheDirectory:
         Where it is, or shall be; ``~`` is the user's home.
     """
 
+    readme = _README
+    _elsewhere = (
+        "set ledger_dir (pllm.Config or POLARS_LLM_LEDGER_DIR) to a directory on a local disk: then only the"
+        " results are shared, and what two hosts ask at the same time, before it is answered, both pay. Or set"
+        " cache_dir to a local disk. If only one host ever uses this directory, set"
+        " POLARS_LLM_ALLOW_NETWORK_CACHE=1. Nothing was sent."
+    )
+
     def __init__(self, path: Path | str) -> None:
         self.path = Path(path).expanduser().absolute()
         self.jobs = self.path / "jobs"
         self.results = self.path / "results"
         self.spool = self.path / "spool"
         self.locks = self.path / "locks"
+        # What, once removed, is lost.
+        self.lasting: tuple[Path, ...] = (self.jobs, self.results)
         self._trusted: tuple[int, int] | None = None
 
     def __repr__(self) -> str:
-        return f"CacheDirectory({str(self.path)!r})"
+        return f"{type(self).__name__}({str(self.path)!r})"
 
     def prepare(self, *, anew: bool = False) -> None:
         """Make the directory, or make sure that it can be used. Cheap when it was done before.
@@ -181,6 +193,7 @@ class CacheDirectory:
             return
         with os_errors(self.path):
             furnished = self._check_layout()
+            self._refuse_ledger()
             if not anew:
                 self._refuse_loss(identity, furnished=furnished)
             self._check_file_system()
@@ -194,7 +207,7 @@ class CacheDirectory:
 
     def _refuse_loss(self, identity: tuple[int, int] | None, *, furnished: bool) -> None:
         """Whoever begins again where jobs were open pays for them a second time."""
-        gone = [room.name for room in (self.jobs, self.results) if furnished and not room.is_dir()]
+        gone = [room.name for room in self.lasting if furnished and not room.is_dir()]
         if gone:
             fact = f"{' and '.join(gone)} of the cache directory {self.path} was removed."
             remedy = "restore it from a backup, or"
@@ -291,6 +304,17 @@ class CacheDirectory:
                 f" {self.path / 'polars_llm'}. Nothing was sent.",
             )
 
+    def _refuse_ledger(self) -> None:
+        mark = self.results / SHARED_MARK
+        if mark.exists():
+            place = mark.read_text(encoding="utf-8")
+            raise CacheError(
+                f"{self.path} is the ledger of the results in {place}, not a cache of its own.",
+                path=str(self.path),
+                hint="set cache_dir to that address, and ledger_dir to this directory: else what was answered is"
+                " paid again. Nothing was sent.",
+            )
+
     def _check_file_system(self) -> None:
         # Looking into the nearest directory that exists makes an automounter mount it.
         nearest = next(p for p in (self.path, *self.path.parents) if p.exists())
@@ -298,11 +322,10 @@ class CacheDirectory:
         if kind is None or not is_shared(kind) or _is_network_allowed():
             return
         raise CacheUnsafe(
-            f"The cache directory {self.path} lies on {kind}, a file system on which locks and SQLite cannot"
+            f"The directory {self.path} lies on {kind}, a file system on which locks and SQLite cannot"
             " be trusted: two processes could pay for the same requests.",
             path=str(self.path),
-            hint="set POLARS_LLM_CACHE_DIR or pllm.Config(cache_dir=...) to a local disk; if only one"
-            " host ever uses this directory, set POLARS_LLM_ALLOW_NETWORK_CACHE=1. Nothing was sent.",
+            hint=self._elsewhere,
         )
 
     def _check_locks(self) -> None:
@@ -314,7 +337,7 @@ class CacheDirectory:
             raise _no_locks(self.locks)
 
     def _furnish(self) -> None:
-        write_atomic(self.path / "README.txt", lambda file: _write(file, _README))
+        write_atomic(self.path / "README.txt", lambda file: _write(file, self.readme))
         write_atomic(self.path / "CACHEDIR.TAG", lambda file: _write(file, _TAG))
         layout = self.path / "layout"
         write_atomic(layout, lambda file: _write(file, f"{_LAYOUT}\n"))
