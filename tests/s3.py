@@ -24,7 +24,18 @@ class Fault:
     operation: Operation
     act: Callable[[dict[str, Any]], str | None]
     times: int
-    after: bool
+    after: bool = False
+    skip: int = 0
+    query: str = ""
+
+    def is_due(self, operation: str, query: str) -> bool:
+        if self.operation not in {operation, "any"} or self.query not in query or self.times <= 0:
+            return False
+        if self.skip:
+            self.skip -= 1
+            return False
+        self.times -= 1
+        return True
 
 
 class ObjectStore:
@@ -34,6 +45,8 @@ class ObjectStore:
     ----------
     log
         (operation, name) of each request.
+    sent
+        Bytes of all replies.
     """
 
     def __init__(self, port: int, app: Any) -> None:
@@ -42,6 +55,7 @@ class ObjectStore:
         self.bucket = ""
         self._numbers = itertools.count()
         self.log: list[tuple[str, str]] = []
+        self.sent = 0
         self._faults: list[Fault] = []
         self._hidden: list[str] = []
         self._kept: dict[str, int] = {}
@@ -87,17 +101,27 @@ class ObjectStore:
 
     def fail(self, operation: Operation = "any", *, status: int = 503, times: int = 10**6) -> None:
         """Answer with an error instead."""
-        self._faults.append(Fault(operation, lambda _: f"{status} no", times, after=False))
+        self._faults.append(Fault(operation, lambda _: f"{status} no", times))
+
+    def fail_parts(self, number: int) -> None:
+        """Refuse that part of every upload that is sent in parts."""
+        self._faults.append(Fault("put", lambda _: "503 no", 10**6, query=f"partNumber={number}&"))
 
     def call(
-        self, operation: Operation, act: Callable[[], object], *, times: int = 1, after: bool = False
+        self,
+        operation: Operation,
+        act: Callable[[], object],
+        *,
+        times: int = 1,
+        skip: int = 0,
+        after: bool = False,
     ) -> None:
-        """Call `act` before (or after) such a request has its effect."""
+        """Call `act` before (or after) such a request has its effect; not for the first few of them."""
 
         def call(_: dict[str, Any]) -> None:
             act()
 
-        self._faults.append(Fault(operation, call, times, after))
+        self._faults.append(Fault(operation, call, times, after, skip))
 
     def hide(self, pattern: str) -> None:
         """Objects whose names match are not listed, from now on."""
@@ -119,20 +143,20 @@ class ObjectStore:
         operation, name = _operation(environ)
         with self._lock:
             self.log.append((operation, name))
-            due = [f for f in self._faults if f.operation in {operation, "any"} and f.times > 0]
-            for fault in due:
-                fault.times -= 1
+            due = [f for f in self._faults if f.is_due(operation, environ["QUERY_STRING"])]
         for fault in due:
             refused = None if fault.after else fault.act(environ)
             if refused:
                 environ["wsgi.input"].read() if environ.get("CONTENT_LENGTH") else None
                 start(refused, [("Content-Type", "application/xml"), ("Connection", "close")])
-                return [b"<Error><Code>ServiceUnavailable</Code><Message>no</Message></Error>"]
+                code = "AccessDenied" if refused.startswith("403") else "ServiceUnavailable"
+                return [f"<Error><Code>{code}</Code><Message>no</Message></Error>".encode()]
         said: list[Any] = []
         body = b"".join(self._app(environ, lambda *head: said.extend(head[:2])))
         for fault in due:
             if fault.after:
                 fault.act(environ)
+        self.sent += len(body)
         if operation == "list":
             body = self._listing(body)
         if operation == "delete" and "" in self._kept:

@@ -153,8 +153,8 @@ class CacheDirectory:
     readme = _README
     _elsewhere = (
         "set ledger_dir (pllm.Config or POLARS_LLM_LEDGER_DIR) to a directory on a local disk: then only the"
-        " results are shared, and what two hosts ask at the same time, before it is answered, both pay. Or set"
-        " cache_dir to a local disk. If only one host ever uses this directory, set"
+        " results are shared, and what two hosts ask at the same time, before it is answered, both pay. Or"
+        " set cache_dir to a local disk. If only one host ever uses this directory, set"
         " POLARS_LLM_ALLOW_NETWORK_CACHE=1. Nothing was sent."
     )
 
@@ -311,8 +311,8 @@ class CacheDirectory:
             raise CacheError(
                 f"{self.path} is the ledger of the results in {place}, not a cache of its own.",
                 path=str(self.path),
-                hint="set cache_dir to that address, and ledger_dir to this directory: else what was answered is"
-                " paid again. Nothing was sent.",
+                hint="set cache_dir to that address, and ledger_dir to this directory: else what was answered"
+                " is paid again. Nothing was sent.",
             )
 
     def _check_file_system(self) -> None:

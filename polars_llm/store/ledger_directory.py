@@ -46,8 +46,8 @@ locks/    who is at work now
 Deleting it while jobs are open means paying again for what is not read back with pllm.recover().
 """
     _elsewhere = (
-        "set ledger_dir (pllm.Config or POLARS_LLM_LEDGER_DIR) to a directory on a local disk; the results may"
-        " stay where they are. Nothing was sent."
+        "set ledger_dir (pllm.Config or POLARS_LLM_LEDGER_DIR) to a directory on a local disk; the results"
+        " may stay where they are. Nothing was sent."
     )
 
     def __init__(self, path: Path | str, place: Place) -> None:
@@ -100,8 +100,8 @@ Deleting it while jobs are open means paying again for what is not read back wit
             raise CacheError(
                 f"{self.path} was a cache of its own: it holds answers that would be paid again.",
                 path=str(self.path),
-                hint=f"copy the .parquet files in {self.results} to {self._place.name}/results and remove them"
-                " here (the format is the same), or choose another ledger_dir. Nothing was sent.",
+                hint=f"copy the .parquet files in {self.results} to {self._place.name}/results and remove"
+                " them here (the format is the same), or choose another ledger_dir. Nothing was sent.",
             )
 
     def _check_place(self, *, used_before: bool) -> None:
