@@ -89,12 +89,12 @@ class ObjectStore:
 
     def make_bucket(self) -> None:
         """Begin with an empty bucket and without faults."""
+        self.calm()
         self.bucket = f"bucket-{next(self._numbers)}"
         connection = http.client.HTTPConnection(self.address.removeprefix("http://"))
         connection.request("PUT", f"/{self.bucket}")
         assert connection.getresponse().read() is not None
         connection.close()
-        self.calm()
         self.log.clear()
 
     # --- faults ----------------------------------------------------------------------------------------
@@ -147,7 +147,6 @@ class ObjectStore:
         for fault in due:
             refused = None if fault.after else fault.act(environ)
             if refused:
-                environ["wsgi.input"].read() if environ.get("CONTENT_LENGTH") else None
                 start(refused, [("Content-Type", "application/xml"), ("Connection", "close")])
                 code = "AccessDenied" if refused.startswith("403") else "ServiceUnavailable"
                 return [f"<Error><Code>{code}</Code><Message>no</Message></Error>".encode()]

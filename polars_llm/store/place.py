@@ -44,6 +44,7 @@ _FINAL = re.compile(
 _FINAL_NUMBERS = frozenset(
     {errno.EACCES, errno.EPERM, errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.ENOTDIR, errno.ENAMETOOLONG}
 )
+_BROKEN: list[Any] = []
 _SIGNED = re.compile(r"(?i)\b(sig|signature|token|key|credential)=[^&\s'\"]+")
 
 
@@ -114,8 +115,14 @@ class Place:
     def _upload(self, name: str, data: memoryview) -> None:
         files, base = self._files()
         path = f"{base}/{name}"
-        with files.open_output_stream(path) as stream:
+        stream = files.open_output_stream(path)
+        try:
             stream.write(data)
+            stream.close()
+        except BaseException:
+            # Forgotten, it would send all of it again, and hold up the whole interpreter meanwhile.
+            _BROKEN.append(stream)
+            raise
         size = files.get_file_info(path).size
         if size != len(data):
             raise OSError(f"{name} has {size} bytes after {len(data)} were written")

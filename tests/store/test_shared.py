@@ -343,7 +343,7 @@ def test_answers_that_cannot_be_stored_wait_on_the_local_disk(
     quick: None, bucket: ObjectStore, tmp_path: Path
 ) -> None:
     store = host(bucket.url, tmp_path / "one")
-    bucket.fail("put")
+    bucket.fail("put", status=403)
     with pytest.raises(CacheError, match=r"(?s)not stored yet.*they are safe in"):
         store.add(answers([1], text="one"))
     bucket.calm()
