@@ -29,6 +29,7 @@ from polars_llm.models import Anthropic, OpenAI
 from polars_llm.namespace import register
 from polars_llm.operate import abandon, cancel, jobs, recover, results
 from polars_llm.pricing import Prices
+from polars_llm.ray_cluster import RayVLLM
 
 __all__ = [
     "VLLM",
@@ -48,6 +49,7 @@ __all__ = [
     "PolarsLLMError",
     "Prices",
     "ProviderError",
+    "RayVLLM",
     "RequestsFailed",
     "ResultsGone",
     "UnansweredInput",

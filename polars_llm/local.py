@@ -1,4 +1,4 @@
-"""The option object of models that run here: `pllm.VLLM`."""
+"""The option object of models that run here, `pllm.VLLM`, and what it shares with `pllm.RayVLLM`."""
 
 from __future__ import annotations
 
@@ -17,11 +17,136 @@ from polars_llm.errors import InvalidRequest
 if TYPE_CHECKING:
     from polars_llm.backends.vllm import VLLMLocal
 
-__all__ = ["VLLM"]
+__all__ = ["VLLM", "OwnModel"]
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True, init=False)
-class VLLM:
+@dataclasses.dataclass(frozen=True, kw_only=True, init=False, repr=False)
+class OwnModel:
+    """A model of one's own: what is said of it, and what stands for it in keys."""
+
+    name: str
+    engine: Mapping[str, Any]
+    revision: str | None
+    dtype: str
+    quantization: str | None
+    raw: bool
+    order: Order
+    price_per_hour: float | None
+    vector_length: int | None
+    endpoint: str
+
+    def _set(
+        self,
+        name: str,
+        *,
+        engine: Mapping[str, Any] | None,
+        dtype: str,
+        raw: bool,
+        order: Order,
+        price_per_hour: float | None,
+        **others: Any,
+    ) -> None:
+        if not isinstance(name, str) or not name.strip():
+            raise InvalidRequest(
+                "The model has no name.",
+                hint=f"for example pllm.{type(self).__name__}('Qwen/Qwen3-8B'), or the path of a directory."
+                " Nothing was sent.",
+            )
+        if order not in get_args(Order):
+            raise InvalidRequest(
+                f"order is {order!r}",
+                hint=f"it takes {', '.join(map(repr, get_args(Order)))}. Nothing was sent.",
+            )
+        if price_per_hour is not None and not 0 <= price_per_hour < float("inf"):
+            raise InvalidRequest(
+                f"price_per_hour is {price_per_hour!r}, not USD of 0 or more",
+                hint="for example price_per_hour=2.5. Nothing was sent.",
+            )
+        facts = {
+            "name": name,
+            "engine": dict(engine or {}),
+            "dtype": str(dtype),
+            "raw": raw,
+            "order": order,
+            "price_per_hour": price_per_hour,
+            "endpoint": sampling.RAW if raw else sampling.CHAT,
+            **others,
+        }
+        for field, value in facts.items():
+            object.__setattr__(self, field, value)
+        self._declared()
+
+    def __repr__(self) -> str:
+        said = "".join(f", {field}={value!r}" for field, value in self._shown().items() if value)
+        return f"{type(self).__name__}({self.name!r}{said})"
+
+    def _shown(self) -> dict[str, Any]:
+        """What a repr says beside the name, where it is not empty."""
+        return {
+            "engine": {k: v for k, v in self.engine.items() if k != "hf_token"},
+            "revision": self.revision,
+            "dtype": self.dtype if self.dtype != "auto" else None,
+            "quantization": self.quantization,
+            "raw": self.raw,
+        }
+
+    def __hash__(self) -> int:
+        return hash((self.name, self.revision, self.dtype, self.quantization, self.raw))
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A pickled plan travels and is stored; the other side reads the hub's token from its environment.
+        engine = {k: v for k, v in self.engine.items() if k != "hf_token"}
+        return {**self.__dict__, "engine": engine}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+
+    def _declared(self) -> dict[str, Any]:
+        facts = {"dtype": self.dtype, "revision": self.revision, "quantization": self.quantization}
+        return sampling.declared(self.engine, **facts)
+
+    def _arguments(self) -> dict[str, Any]:
+        """What the engine is made with."""
+        return {
+            **self.engine,
+            "dtype": self.dtype,
+            "revision": self.revision,
+            "quantization": self.quantization,
+        }
+
+    def _facts(self, max_concurrency: int | None) -> tuple[str, dict[str, Any]]:
+        """What the engine gets as its model, and what the backends of all own models are made with."""
+        if max_concurrency is not None:
+            raise InvalidRequest(
+                "max_concurrency is for realtime calls; an engine schedules by itself",
+                hint=f"pass engine={{'max_num_seqs': ...}} to pllm.{type(self).__name__}. Nothing was sent.",
+            )
+        path = model_path(self.name)
+        return str(path or self.name), {
+            "key_name": self.name if path is None else f"path-{directory_digest(path)}",
+            "settings": self._declared(),
+            "endpoint": self.endpoint,
+            "order": self.order,
+            "price_per_hour": self.price_per_hour,
+        }
+
+    def embedding(self, dimensions: int | None) -> tuple[Self, int | None, int]:
+        """The same model for embeddings, what to ask it for, and the vectors' length."""
+        own = self.vector_length or _hidden_size(model_path(self.name))
+        if dimensions is None and own is None:
+            raise InvalidRequest(
+                f"The length of the vectors of {self.name!r} is not known before it is loaded",
+                hint=f"pllm.{type(self).__name__}({self.name!r}, vector_length=1024) says it."
+                " Nothing was asked.",
+            )
+        asked = copy.copy(self)
+        object.__setattr__(asked, "endpoint", sampling.EMBEDDINGS)
+        sent = None if dimensions == own else dimensions
+        return asked, sent, dimensions or own or 0
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, init=False, repr=False)
+class VLLM(OwnModel):
     """A model that vLLM runs in this process: no provider, no server, no key.
 
     The engine is made when the first answer is missing, once for each configuration and process, and
@@ -73,17 +198,6 @@ class VLLM:
     VLLM('Qwen/Qwen3-8B', engine={'max_model_len': 8192})
     """
 
-    name: str
-    engine: Mapping[str, Any]
-    revision: str | None
-    dtype: str
-    quantization: str | None
-    raw: bool
-    order: Order
-    price_per_hour: float | None
-    vector_length: int | None
-    endpoint: str
-
     def __init__(
         self,
         name: str,
@@ -97,106 +211,27 @@ class VLLM:
         price_per_hour: float | None = None,
         vector_length: int | None = None,
     ) -> None:
-        if not isinstance(name, str) or not name.strip():
-            raise InvalidRequest(
-                "The model has no name.",
-                hint="for example pllm.VLLM('Qwen/Qwen3-8B'), or the path of a directory. Nothing was sent.",
-            )
-        if order not in get_args(Order):
-            raise InvalidRequest(
-                f"order is {order!r}",
-                hint=f"it takes {', '.join(map(repr, get_args(Order)))}. Nothing was sent.",
-            )
-        if price_per_hour is not None and not 0 <= price_per_hour < float("inf"):
-            raise InvalidRequest(
-                f"price_per_hour is {price_per_hour!r}, not USD of 0 or more",
-                hint="for example price_per_hour=2.5. Nothing was sent.",
-            )
-        facts = {
-            "name": name,
-            "engine": dict(engine or {}),
-            "revision": revision,
-            "dtype": str(dtype),
-            "quantization": quantization,
-            "raw": raw,
-            "order": order,
-            "price_per_hour": price_per_hour,
-            "vector_length": vector_length,
-            "endpoint": sampling.RAW if raw else sampling.CHAT,
-        }
-        for field, value in facts.items():
-            object.__setattr__(self, field, value)
-        self._declared()
+        self._set(
+            name,
+            engine=engine,
+            revision=revision,
+            dtype=dtype,
+            quantization=quantization,
+            raw=raw,
+            order=order,
+            price_per_hour=price_per_hour,
+            vector_length=vector_length,
+        )
 
-    def __repr__(self) -> str:
-        shown = {
-            "engine": {k: v for k, v in self.engine.items() if k != "hf_token"} or None,
-            "revision": self.revision,
-            "dtype": self.dtype if self.dtype != "auto" else None,
-            "quantization": self.quantization,
-            "raw": self.raw or None,
-        }
-        said = "".join(f", {field}={value!r}" for field, value in shown.items() if value)
-        return f"VLLM({self.name!r}{said})"
-
-    def __hash__(self) -> int:
-        return hash((self.name, self.revision, self.dtype, self.quantization, self.raw))
-
-    def __getstate__(self) -> dict[str, Any]:
-        # A pickled plan travels and is stored; the other side reads the hub's token from its environment.
-        engine = {k: v for k, v in self.engine.items() if k != "hf_token"}
-        return {**self.__dict__, "engine": engine}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
-
-    def _declared(self) -> dict[str, Any]:
-        facts = {"dtype": self.dtype, "revision": self.revision, "quantization": self.quantization}
-        return sampling.declared(self.engine, **facts)
-
-    def _key_name(self) -> tuple[str, Path | None]:
-        """What stands for the model in keys, and where it lies if it is on disk."""
-        path = model_path(self.name)
-        return (self.name, None) if path is None else (f"path-{directory_digest(path)}", path)
+    __hash__ = OwnModel.__hash__
 
     def backend(self, mode: str = "batch", *, max_concurrency: int | None = None) -> VLLMLocal:
         """The backend; the engine is made when it is first needed, and answers in every mode."""
-        if max_concurrency is not None:
-            raise InvalidRequest(
-                "max_concurrency is for realtime calls; an engine schedules by itself",
-                hint="pass engine={'max_num_seqs': ...} to pllm.VLLM. Nothing was sent.",
-            )
+        model, facts = self._facts(max_concurrency)
         from polars_llm.backends.vllm import VLLMLocal
 
-        key_name, path = self._key_name()
-        return VLLMLocal(
-            str(path or self.name),
-            key_name=key_name,
-            settings=self._declared(),
-            arguments={
-                **self.engine,
-                "dtype": self.dtype,
-                "revision": self.revision,
-                "quantization": self.quantization,
-                **({"runner": "pooling"} if self.endpoint == sampling.EMBEDDINGS else {}),
-            },
-            endpoint=self.endpoint,
-            order=self.order,
-            price_per_hour=self.price_per_hour,
-        )
-
-    def embedding(self, dimensions: int | None) -> tuple[Self, int | None, int]:
-        """The same model for embeddings, what to ask it for, and the vectors' length."""
-        own = self.vector_length or _hidden_size(model_path(self.name))
-        if dimensions is None and own is None:
-            raise InvalidRequest(
-                f"The length of the vectors of {self.name!r} is not known before it is loaded",
-                hint=f"pllm.VLLM({self.name!r}, vector_length=1024) says it. Nothing was asked.",
-            )
-        asked = copy.copy(self)
-        object.__setattr__(asked, "endpoint", sampling.EMBEDDINGS)
-        sent = None if dimensions == own else dimensions
-        return asked, sent, dimensions or own or 0
+        pooling = {"runner": "pooling"} if self.endpoint == sampling.EMBEDDINGS else {}
+        return VLLMLocal(model, arguments={**self._arguments(), **pooling}, **facts)
 
     def close(self) -> None:
         """Close the engines of this configuration, if this process has any, and free their memory."""

@@ -16,12 +16,13 @@ from polars_llm.errors import InvalidRequest, ModelNotChosen
 from polars_llm.job import Job
 from polars_llm.local import VLLM
 from polars_llm.pricing import Prices
+from polars_llm.ray_cluster import RayVLLM
 
 if TYPE_CHECKING:
     from polars_llm.backends.anthropic import AnthropicBatch
     from polars_llm.backends.openai import OpenAIBatch
 
-__all__ = ["VLLM", "Anthropic", "Model", "OpenAI", "for_job", "of_provider", "resolve"]
+__all__ = ["VLLM", "Anthropic", "Model", "OpenAI", "RayVLLM", "for_job", "of_provider", "resolve"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -333,10 +334,11 @@ class Anthropic(_Hosted):
 
 
 Hosted: TypeAlias = OpenAI | Anthropic
-Model: TypeAlias = Hosted | VLLM
+Model: TypeAlias = Hosted | VLLM | RayVLLM
 
 _HOSTED: dict[str, type[OpenAI] | type[Anthropic]] = {"openai": OpenAI, "anthropic": Anthropic}
-_BY_PREFIX: dict[str, type[OpenAI] | type[Anthropic] | type[VLLM]] = {**_HOSTED, "vllm": VLLM}
+_OWN: dict[str, type[VLLM] | type[RayVLLM]] = {"vllm": VLLM, "ray": RayVLLM}
+_BY_PREFIX: dict[str, type[OpenAI] | type[Anthropic] | type[VLLM] | type[RayVLLM]] = {**_HOSTED, **_OWN}
 
 
 def resolve(model: str | Model | None) -> Model:
@@ -382,7 +384,7 @@ def of_provider(provider: str | Model) -> Hosted:
     """
     if isinstance(provider, (OpenAI, Anthropic)):
         return provider
-    if isinstance(provider, VLLM) or provider not in _HOSTED:
+    if isinstance(provider, (VLLM, RayVLLM)) or provider not in _HOSTED:
         known = ", ".join(repr(p) for p in _HOSTED)
         raise InvalidRequest(
             f"{provider!r} is not a provider with batches", hint=f"write one of {known}. Nothing was sent."

@@ -29,6 +29,7 @@ __all__ = [
     "construct",
     "died",
     "fits_beside",
+    "is_memory",
     "is_out_of_memory",
     "kind_of",
     "message_of",
@@ -277,10 +278,15 @@ _MEMORY_WORDS = (
 )
 
 
+def is_memory(text: str) -> bool:
+    """Whether an error speaks of memory."""
+    return any(word in text.lower() for word in _MEMORY_WORDS)
+
+
 def _is_memory(error: BaseException) -> bool:
     seen: BaseException | None = error
     while seen is not None:
-        if isinstance(seen, MemoryError) or any(word in str(seen).lower() for word in _MEMORY_WORDS):
+        if isinstance(seen, MemoryError) or is_memory(str(seen)):
             return True
         seen = seen.__cause__ or seen.__context__
     return False

@@ -1,0 +1,275 @@
+"""What this library calls of Ray outside of a run: joining a cluster, whether there is room, its errors.
+
+Written for Ray 2.60 (docs/ray.md). Nothing but `backends.ray` imports it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import re
+import threading
+import warnings
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+from polars_llm.backends import on_nodes, weights
+from polars_llm.backends.binding import OutOfMemory, is_memory
+from polars_llm.errors import InvalidRequest, ProviderError
+
+__all__ = ["SMALL", "check_room", "connect", "disconnect", "failure", "look", "quiet"]
+
+SMALL = 0.2
+"""Of a CPU, for each stage beside the engine: a small cluster must not wait for itself."""
+
+_LOGGERS = ("ray", "ray.data", "ray.llm", "ray.serve", "ray._private.worker")
+_ADDRESSES_HERE = (None, "local", "auto")
+
+_door = threading.RLock()
+_joined_by: int | None = None  # the process that called ray.init, if that was ours
+_quiet: dict[str, int] = {}
+_depth = 0
+
+
+def _import() -> Any:
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+    os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")  # nothing leaves this machine
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            import ray
+            import ray.data
+    except ImportError as error:
+        raise ImportError(
+            "A cluster needs Ray.\n\nHint: pip install 'polars-llm-batch[ray]'; what the cluster's nodes need"
+            " is in docs/ray.md."
+        ) from error
+    return ray
+
+
+def connect(address: str | None, engines: int) -> Any:
+    """Ray, joined to the cluster that the user said, or to one of this process.
+
+    Parameters
+    ----------
+    address
+        None: ``RAY_ADDRESS``, else a cluster of this process. A Ray that the user has initialised is taken
+        as it is.
+    engines
+        How many a cluster of this process has room for.
+
+    Raises
+    ------
+    ImportError
+        Ray is not installed.
+    InvalidRequest
+        An address of Ray Client; or this process has joined another cluster already.
+    ProviderError
+        Nobody answers at the address.
+    """
+    global _joined_by
+    ray = _import()
+    address = address or os.environ.get("RAY_ADDRESS") or None
+    if (address or "").startswith("ray://"):
+        raise InvalidRequest(
+            f"{address} is an address of Ray Client, through which Ray Data does not work",
+            hint="run this on a node of the cluster (`ray job submit`) with ray_address='auto', or HOST:6379"
+            " on a machine that reaches all nodes. Nothing was asked.",
+        )
+    with _door:
+        # What is pickled by value needs nothing of this library on the nodes.
+        for module in (on_nodes, weights):
+            ray.cloudpickle.register_pickle_by_value(module)
+        if ray.is_initialized():
+            _check_same(ray, address)
+            return ray
+        own: dict[str, Any] = {}
+        if address in {None, "local"}:
+            os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+            os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
+            own = {"num_cpus": max(os.cpu_count() or 1, 2 + engines), "include_dashboard": False}
+        try:
+            with quiet():
+                ray.init(address=address or "local", log_to_driver=False, logging_level="ERROR", **own)
+        except (OSError, ValueError, RuntimeError) as error:
+            raise ProviderError(
+                f"No Ray cluster could be joined at {address or 'this machine'}: {_gist(str(error))}",
+                provider="ray",
+                hint="`ray status` on its head node says whether it runs; its port is 6379 as a rule."
+                " Nothing was asked.",
+            ) from None
+        _joined_by = os.getpid()
+        return ray
+
+
+def _check_same(ray: Any, address: str | None) -> None:
+    here = ray.get_runtime_context().gcs_address
+    if address not in {*_ADDRESSES_HERE, here, os.environ.get("RAY_ADDRESS")}:
+        raise InvalidRequest(
+            f"ray_address is {address!r}, and this process has joined the cluster at {here}",
+            hint="leave ray_address out to use that one, or call ray.shutdown() first. Nothing was asked.",
+        )
+
+
+def disconnect() -> None:
+    """Leave the cluster that `connect` joined; one of this process ends with that."""
+    global _joined_by
+    with _door:
+        if _joined_by == os.getpid():
+            with quiet():
+                _import().shutdown()
+            _joined_by = None
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Ray's messages in this process off; several threads may be in it at once."""
+    global _depth
+    with _door:
+        _depth += 1
+        if _depth == 1:
+            _quiet.update({name: logging.getLogger(name).level for name in _LOGGERS})
+        for name in _LOGGERS:
+            logging.getLogger(name).setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        with _door:
+            _depth -= 1
+            if _depth == 0:
+                for name, level in _quiet.items():
+                    logging.getLogger(name).setLevel(level)
+
+
+def look(
+    ray: Any,
+    model: str,
+    settings: Mapping[str, Any],
+    *,
+    digest: str | None,
+    chat: bool,
+    runtime_env: Mapping[str, Any],
+    secrets: object,
+    gpu: str | None,
+) -> dict[str, Any]:
+    """`on_nodes.look` from a node of the kind that engines run on, before one is started.
+
+    Raises
+    ------
+    InvalidRequest
+        The node has no vLLM, not this model, or one without a chat template.
+    """
+    needs: dict[str, Any] = {"num_cpus": 0, "max_retries": 2, "runtime_env": dict(runtime_env)}
+    if ray.cluster_resources().get("GPU"):
+        needs |= {"num_gpus": 0.01} | ({"accelerator_type": gpu} if gpu else {})
+    task = ray.remote(on_nodes.look).options(**needs)
+    of_path = weights.directory_digest if digest else None
+    found: dict[str, Any] = ray.get(task.remote(model, settings, of_path, chat=chat, secrets=secrets))
+    if found["vllm"] is None:
+        raise InvalidRequest(
+            "There is no vLLM on the nodes of this cluster.",
+            hint="install it there (docs/ray.md), or runtime_env={'pip': ['vllm==...']}. Nothing was asked.",
+        )
+    if not found["there"]:
+        raise InvalidRequest(
+            f"The nodes of this cluster have no {model}.",
+            hint="put the model where all nodes see it under this path, or give its name of the hub."
+            " Nothing was asked.",
+        )
+    if digest and found["digest"] != digest:
+        raise InvalidRequest(
+            f"The nodes of this cluster have another model at {model} than this machine.",
+            hint="its answers would be kept under a wrong key: give both the same files. Nothing was asked.",
+        )
+    if chat and found["template"] is None:
+        raise InvalidRequest(
+            "This model has no chat template.",
+            hint="pllm.RayVLLM(..., raw=True) sends the text as it is; or give one with"
+            " engine={'chat_template': ...}. Nothing was asked.",
+        )
+    return found
+
+
+def check_room(resources: Mapping[str, float], bundles: Iterable[Mapping[str, float]], engines: int) -> None:
+    """Raise InvalidRequest where the cluster is too small: Ray would wait for ever."""
+    wanted: dict[str, float] = {"CPU": 3 * SMALL}
+    for bundle in bundles:
+        for name, amount in bundle.items():
+            wanted[name] = wanted.get(name, 0.0) + amount * engines
+    for name, amount in wanted.items():
+        if amount > resources.get(name, 0.0) + 1e-6:
+            raise InvalidRequest(
+                f"This cluster has {resources.get(name, 0.0):g} {name}, and {amount:g} are needed to begin",
+                hint="ask for less (concurrency=, engine={'tensor_parallel_size': ...}), or, where it grows"
+                " by itself, say what an engine takes: processor={'placement_group_config': {'bundles':"
+                " [{'CPU': 1, 'GPU': 1}]}}. Nothing was asked.",
+            )
+
+
+def check_accelerators(resources: Mapping[str, float], *, kind: str | None, cpu_build: bool) -> None:
+    """Raise InvalidRequest where the cluster has none of what an engine runs on."""
+    if kind and f"accelerator_type:{kind}" not in resources:
+        have = [name.partition(":")[2] for name in resources if name.startswith("accelerator_type:")]
+        raise InvalidRequest(
+            f"This cluster has no accelerator of type {kind!r}; it has {', '.join(have) or 'none'}",
+            hint="where it grows by itself, say what an engine takes with processor="
+            "{'placement_group_config': {'bundles': [{'CPU': 1, 'GPU': 1}]}}. Nothing was asked.",
+        )
+    if not cpu_build and not resources.get("GPU"):
+        raise InvalidRequest(
+            "This cluster has no GPU, and the vLLM on its nodes is not a build for CPUs",
+            hint="where it grows by itself, say what an engine takes: processor={'placement_group_config':"
+            " {'bundles': [{'CPU': 1, 'GPU': 1}]}}. Nothing was asked.",
+        )
+
+
+def failure(ray: Any, error: BaseException, hidden: Iterable[str]) -> ProviderError:
+    """What stopped a run, in one line of the cause; `hidden` are values that nobody may read."""
+    said = _cause(error)
+    text = _gist(said)
+    pid, ip = re.search(r"pid=(\d+)", str(error)), re.search(r"ip=([\w.:]+)", str(error))
+    if "initialization failed" in text and pid and ip:
+        text = _last_words(ray, int(pid[1]), ip[1]) or text
+    for value in hidden:
+        text = text.replace(value, "...")
+    again = "then run the same line again: what was answered is kept."
+    if is_memory(text):
+        return OutOfMemory(
+            f"There is not enough memory on the cluster: {text}",
+            provider="ray",
+            kind="out_of_memory",
+            hint="set engine={'max_model_len': ..., 'gpu_memory_utilization': ...} (on CPUs"
+            f" 'kv_cache_memory_bytes'), or more GPUs with 'tensor_parallel_size'; {again}",
+        )
+    lost = isinstance(error, (ray.exceptions.RayActorError, ray.exceptions.WorkerCrashedError))
+    fact = "The cluster lost an engine too often" if lost else "The run on the cluster stopped"
+    where = "the logs of Ray are in /tmp/ray/session_latest/logs on its nodes"
+    return ProviderError(f"{fact}: {text}", provider="ray", hint=f"{where}; {again}")
+
+
+def _cause(error: BaseException) -> str:
+    """The error that began it: Ray's and Ray Data's own only carry it."""
+    seen: set[int] = set()
+    while id(error) not in seen:
+        seen.add(id(error))
+        error = getattr(error, "cause", None) or error.__cause__ or error
+    return f"{type(error).__name__}: {error}"
+
+
+def _gist(text: str) -> str:
+    """Of a traceback the last line, of anything else the first ones."""
+    lines = [line.strip() for line in re.sub(r"\x1b\[\d+m", "", text).splitlines() if line.strip()]
+    if any(line.startswith(("Traceback ", 'File "')) for line in lines):
+        raised = [line for line in lines if re.match(r"(\w+\.)*\w*(Error|Exception)\b", line)]
+        lines = raised[-1:] or lines[-1:]
+    return " ".join(lines[:6])[:2_000]
+
+
+def _last_words(ray: Any, pid: int, ip: str) -> str | None:
+    task = ray.remote(on_nodes.last_words).options(num_cpus=0, resources={f"node:{ip}": 0.001})
+    try:
+        words: str | None = ray.get(task.remote(pid), timeout=30)
+    except ray.exceptions.RayError:
+        return None  # the node is gone; the error in hand is what there is
+    return words
