@@ -23,7 +23,7 @@ __all__ = ["SMALL", "check_room", "connect", "disconnect", "failure", "look", "q
 SMALL = 0.2
 """Of a CPU, for each stage beside the engine: a small cluster must not wait for itself."""
 
-_LOGGERS = ("ray", "ray.data", "ray.llm", "ray.serve", "ray._private.worker")
+_LOGGERS = ("ray", "ray.data", "ray.llm", "vllm")
 _ADDRESSES_HERE = (None, "local", "auto")
 
 _door = threading.RLock()
@@ -130,6 +130,9 @@ def quiet() -> Iterator[None]:
         _depth += 1
         if _depth == 1:
             _quiet.update({name: logging.getLogger(name).level for name in _LOGGERS})
+            # Without a handler here each of its loggers would make itself one, to the terminal.
+            if not logging.getLogger("ray.llm").handlers:
+                logging.getLogger("ray.llm").addHandler(logging.NullHandler())
         for name in _LOGGERS:
             logging.getLogger(name).setLevel(logging.CRITICAL)
     try:
@@ -139,7 +142,8 @@ def quiet() -> Iterator[None]:
             _depth -= 1
             if _depth == 0:
                 for name, level in _quiet.items():
-                    logging.getLogger(name).setLevel(level)
+                    if logging.getLogger(name).level == logging.CRITICAL:  # else it was configured since
+                        logging.getLogger(name).setLevel(level)
 
 
 def look(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import time
+import warnings
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -93,7 +94,9 @@ class RayCluster(OwnModel):
                 raise cluster.failure(ray, error, hidden) from None
 
     def _blocks(self, ray: Any, requests: Sequence[Requests]) -> Iterator[pl.DataFrame]:
-        keys, dataset = self._dataset(ray, requests)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of what Ray imports, for its developers
+            keys, dataset = self._dataset(ray, requests)
         # One block at a time, and no thread of its own: what is not taken waits in the cluster's memory,
         # and whoever stops taking, or is interrupted while waiting, ends the execution.
         bundles = dataset.iter_internal_ref_bundles()
