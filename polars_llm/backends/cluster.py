@@ -9,6 +9,7 @@ import contextlib
 import logging
 import os
 import re
+import socket
 import threading
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
@@ -23,7 +24,8 @@ __all__ = ["SMALL", "check_room", "connect", "disconnect", "failure", "look", "q
 SMALL = 0.2
 """Of a CPU, for each stage beside the engine: a small cluster must not wait for itself."""
 
-_LOGGERS = ("ray", "ray.data", "ray.llm", "vllm")
+_LOGGERS = ("ray", "ray._private.worker", "ray.data", "ray.llm", "vllm")
+_PATIENCE = 10.0  # seconds until the head node has to answer
 _ADDRESSES_HERE = (None, "local", "auto")
 
 _door = threading.RLock()
@@ -90,6 +92,7 @@ def connect(address: str | None, engines: int) -> Any:
             os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
             own = {"num_cpus": max(os.cpu_count() or 1, 2 + engines), "include_dashboard": False}
         try:
+            _knock(address)
             with quiet():
                 ray.init(address=address or "local", log_to_driver=False, logging_level="ERROR", **own)
         except (OSError, ValueError, RuntimeError) as error:
@@ -101,6 +104,13 @@ def connect(address: str | None, engines: int) -> Any:
             ) from None
         _joined_by = os.getpid()
         return ray
+
+
+def _knock(address: str | None) -> None:
+    """Raise OSError where nobody listens: Ray itself would try for minutes."""
+    host, colon, port = (address or "").rpartition(":")
+    if colon and port.isdigit():
+        socket.create_connection((host.strip("[]"), int(port)), timeout=_PATIENCE).close()
 
 
 def _check_same(ray: Any, address: str | None) -> None:
@@ -228,11 +238,11 @@ def check_accelerators(resources: Mapping[str, float], *, kind: str | None, cpu_
         )
 
 
-def failure(ray: Any, error: BaseException, hidden: Iterable[str]) -> ProviderError:
+def failure(ray: Any, model: str, error: BaseException, hidden: Iterable[str]) -> ProviderError:
     """What stopped a run, in one line of the cause; `hidden` are values that nobody may read."""
     said = _cause(error)
     text = _gist(said)
-    pid, ip = re.search(r"pid=(\d+)", str(error)), re.search(r"ip=([\w.:]+)", str(error))
+    pid, ip = re.search(r"pid=(\d+)", said), re.search(r"ip=([\w.:]+)", said)
     if "initialization failed" in text and pid and ip:
         text = _last_words(ray, int(pid[1]), ip[1]) or text
     for value in hidden:
@@ -240,25 +250,28 @@ def failure(ray: Any, error: BaseException, hidden: Iterable[str]) -> ProviderEr
     again = "then run the same line again: what was answered is kept."
     if is_memory(text):
         return OutOfMemory(
-            f"There is not enough memory on the cluster: {text}",
+            f"There is not enough memory on the cluster for {model}: {text}",
             provider="ray",
             kind="out_of_memory",
             hint="set engine={'max_model_len': ..., 'gpu_memory_utilization': ...} (on CPUs"
             f" 'kv_cache_memory_bytes'), or more GPUs with 'tensor_parallel_size'; {again}",
         )
-    lost = isinstance(error, (ray.exceptions.RayActorError, ray.exceptions.WorkerCrashedError))
-    fact = "The cluster lost an engine too often" if lost else "The run on the cluster stopped"
+    kinds = (ray.exceptions.RayActorError, ray.exceptions.WorkerCrashedError)
+    lost = isinstance(error, kinds) and "creation task" not in said
+    fact = (
+        f"The cluster lost an engine of {model} too often" if lost else f"The cluster could not run {model}"
+    )
     where = "the logs of Ray are in /tmp/ray/session_latest/logs on its nodes"
     return ProviderError(f"{fact}: {text}", provider="ray", hint=f"{where}; {again}")
 
 
 def _cause(error: BaseException) -> str:
     """The error that began it: Ray's and Ray Data's own only carry it."""
-    seen: set[int] = set()
-    while id(error) not in seen:
+    found, seen = error, {id(error)}
+    while (error := getattr(error, "cause", None) or error.__cause__ or error) and id(error) not in seen:
         seen.add(id(error))
-        error = getattr(error, "cause", None) or error.__cause__ or error
-    return f"{type(error).__name__}: {error}"
+        found = error if str(error).strip() else found
+    return f"{type(found).__name__}: {found}"
 
 
 def _gist(text: str) -> str:

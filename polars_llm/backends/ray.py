@@ -91,7 +91,7 @@ class RayCluster(OwnModel):
                 raise
             except Exception as error:  # noqa: BLE001  # Ray Data raises what its stages raise
                 # Not "from error": Ray's messages repeat what a runtime environment holds.
-                raise cluster.failure(ray, error, hidden) from None
+                raise cluster.failure(ray, self._model, error, hidden) from None
 
     def _blocks(self, ray: Any, requests: Sequence[Requests]) -> Iterator[pl.DataFrame]:
         with warnings.catch_warnings():

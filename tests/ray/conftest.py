@@ -13,6 +13,8 @@ import pytest
 import polars_llm as pllm
 from tests.vllm.conftest import ENGINE, make_model
 
+TOKEN = "hf_ThisMustNotBeReadAnywhere"
+
 INSTALLED = all(importlib.util.find_spec(name) is not None for name in ("ray", "vllm"))
 if INSTALLED:
     os.environ.setdefault("HF_HUB_OFFLINE", "1")

@@ -9,11 +9,10 @@ import polars as pl
 import pytest
 
 import polars_llm as pllm
-from tests.ray.conftest import tiny
+from tests.ray.conftest import TOKEN, tiny
 from tests.vllm.conftest import make_model
 from tests.vllm.conftest import tiny as local
 
-TOKEN = "hf_ThisMustNotBeReadAnywhere"
 MOOD = {"mood": pl.Enum(["good", "bad"]), "stars": pl.UInt8}
 
 
@@ -92,7 +91,7 @@ def test_one_evaluation_is_one_execution_with_the_keys_and_answers_of_local_mode
     assert pllm.jobs().height == before
     here.close()
 
-    # The token went to the workers (test_tokens_reach_the_workers) and was written nowhere.
+    # The token went to the workers (tests/ray/test_lost.py) and was written nowhere.
     for place in (own_cache, tmp_path, session_logs()):
         found = subprocess.run(["grep", "-rla", TOKEN, str(place)], capture_output=True, text=True)
         assert found.stdout == ""
