@@ -224,7 +224,7 @@ def _checked(processor: Mapping[str, Any]) -> dict[str, Any]:
                 f"processor={{{name!r}: ...}} cannot be set here: {_SAID_ELSEWHERE[name]}",
                 hint=f"leave {name!r} out of processor. Nothing was sent.",
             )
-    stage = processor.get("chat_template_stage") or {}
+    stage = processor.get("chat_template_stage", {})
     if not isinstance(stage, Mapping) or stage.keys() - _OF_RENDERING:
         raise InvalidRequest(
             f"processor={{'chat_template_stage': {stage!r}}}: it takes a dict of"

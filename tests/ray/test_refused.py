@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -71,6 +73,27 @@ def test_a_model_that_the_nodes_do_not_have_or_have_otherwise(ray: Any, tmp_path
     with pytest.raises(pllm.ProviderError, match="nobody/nothing") as caught:
         FRAME.llm.generate("q", model=tiny("nobody/nothing"), max_tokens=2)
     assert "was answered is kept" in str(caught.value)
+
+
+def test_nodes_need_no_installation_of_this_library(ray: Any, tmp_path: Path) -> None:
+    from polars_llm.backends import cluster, on_nodes, weights
+
+    assert cluster.connect(None, 1) is ray
+    secrets = on_nodes.Secrets({"PLLM_TOKEN": "arrived"})
+    asks = on_nodes.Asks([{"max_tokens": 5}], "sampling_params")
+    functions = (on_nodes.look, on_nodes.last_words, weights.directory_digest, on_nodes.Rendering)
+    travels = (*functions, secrets, asks, on_nodes.Answers([{}], [2], None))
+    (tmp_path / "sent").write_bytes(ray.cloudpickle.dumps(travels))
+    script = """
+import os, pickle, sys
+look, words, digest, rendering, secrets, asks, answers = pickle.load(open(sys.argv[1], "rb"))
+assert os.environ["PLLM_TOKEN"] == "arrived"
+print(dict(**asks({"column": 0, "sample": 0, "prompt": "a"})["sampling_params"]), words(0), digest)
+assert "polars_llm" not in sys.modules
+"""
+    command = [sys.executable, "-c", script, str(tmp_path / "sent")]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.stdout.startswith("{'max_tokens': 5} None <function directory_digest"), done.stderr
 
 
 def test_an_engine_without_memory_names_the_settings_and_ray_stays_initialised(
