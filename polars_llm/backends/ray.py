@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import re
+import threading
 import time
 import warnings
 from collections.abc import Generator, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import polars as pl
@@ -27,6 +29,8 @@ _RESTARTS, _RETRIES = 8, 3
 _CPU_SHARE, _CPU_MOST = 0.25, 4 << 30
 _MEMORY_SETTINGS = {"kv_cache_memory_bytes", "gpu_memory_utilization", "num_gpu_blocks_override"}
 _ENVIRONMENT = {"VLLM_NO_USAGE_STATS": "1", "VLLM_LOGGING_LEVEL": "ERROR"}
+# Ray Data's settings are of the process, not of a thread.
+_current = threading.Lock()
 _ANSWER = ("row", "text", "input_tokens", "output_tokens", "finish_reason", "vector", "seconds", ERROR)
 
 
@@ -54,7 +58,7 @@ class RayCluster(OwnModel):
         super().__init__(model, **facts)
         self._digest = digest
         self._engine = dict(engine)
-        self._template = self._engine.pop("chat_template", None)
+        self._template = _text(self._engine.pop("chat_template", None))
         self._engines = (1, concurrency) if isinstance(concurrency, int) else concurrency
         self._concurrency = concurrency
         self._batch_size = batch_size
@@ -141,7 +145,7 @@ class RayCluster(OwnModel):
         context = ray.data.DataContext.get_current().copy()
         context.enable_progress_bars = False
         context.print_on_execution_start = False
-        with ray.data.DataContext.current(context):
+        with _current, ray.data.DataContext.current(context):
             rows = ray.data.from_arrow(tables)
             if chat:
                 templates = [sampling.template_arguments(r.header) for r in requests]
@@ -282,6 +286,14 @@ class RayCluster(OwnModel):
         seconds = max((row.get("seconds") or 0.0 for row in rows), default=0.0)
         made = frame([_reply(keys[row["row"]], row) for row in rows])
         return made.with_columns(cost_usd=pl.lit(None, pl.Float64)), seconds
+
+
+def _text(template: Any) -> Any:
+    """A template that was given as a file: the nodes may not have it."""
+    if isinstance(template, (str, Path)) and "\n" not in str(template) and len(str(template)) < 4_096:
+        path = Path(template).expanduser()
+        return path.read_text() if path.is_file() else template
+    return template
 
 
 def _column(requests: Requests, *, embeds: bool) -> dict[str, Any]:

@@ -148,6 +148,15 @@ def test_blocks_hold_neighbours_and_only_what_a_row_needs() -> None:
             assert prompts[keys[row][0] - 100 * column] == prompt
 
 
+def test_a_template_in_a_file_travels_as_its_text(tmp_path: Path) -> None:
+    (tmp_path / "template.jinja").write_text("{{ messages }}")
+    by_file = pllm.RayVLLM("org/name", engine={"chat_template": str(tmp_path / "template.jinja")}).backend()
+    by_text = pllm.RayVLLM("org/name", engine={"chat_template": "{{ messages }}"}).backend()
+    assert by_file._template == by_text._template == "{{ messages }}"
+    assert by_file.header(Options()) == by_text.header(Options())
+    assert "chat_template" not in by_file._engine  # the engine's constructor does not know it
+
+
 def test_parameters_reach_the_engine_as_they_are() -> None:
     columns = [{"max_tokens": 5, "seed": 7, "logit_bias": {65: 1}}, {"max_tokens": 6}]
     asks = on_nodes.Asks(columns, "sampling_params")
