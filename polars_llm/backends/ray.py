@@ -16,7 +16,7 @@ from polars_llm.answer import DONE, FAILED, RETRY
 from polars_llm.backends import cluster, on_nodes, sampling
 from polars_llm.backends.on_nodes import ERROR, TEMPLATE_ERROR
 from polars_llm.backends.own import LIVE_SCHEMA, OwnModel
-from polars_llm.backends.replies import Reply, frame
+from polars_llm.backends.replies import Reply, after_ctrl_c, frame
 from polars_llm.errors import InvalidRequest, PolarsLLMError
 from polars_llm.request import Requests
 
@@ -106,9 +106,12 @@ class RayCluster(OwnModel):
         bundles = dataset.iter_internal_ref_bundles()
         began = since = time.monotonic()
         tokens = 0
+        table: Any = None
+        took = 0.0
         try:
             for bundle in bundles:
-                for table in ray.get(list(bundle.block_refs)):
+                for ref in bundle.block_refs:
+                    table = ray.get(ref)
                     replies, seconds = self._replies(table, keys)
                     now = time.monotonic()
                     if since == began:  # until now it was the engines' start
@@ -116,11 +119,17 @@ class RayCluster(OwnModel):
                     block = self._block(replies, now - since)
                     tokens += int(block["output_tokens"].sum())
                     self.note = f"{tokens / max(now - began, 1e-3):,.0f} tokens/s"
-                    since = now
+                    since, took = now, now - since
                     yield block
+        except KeyboardInterrupt:
+            bundles = dataset = None
+            if table is None:
+                raise
+            # Perhaps the last one had not been handed over.
+            yield from after_ctrl_c(lambda: self._block(self._replies(table, keys)[0], took))
         finally:
             # Ray ends an execution, and frees its engines, when nobody holds its iterator any more.
-            del bundles, dataset
+            bundles = dataset = None
 
     def _dataset(self, ray: Any, requests: Sequence[Requests]) -> tuple[pl.Series, Any]:
         """The keys by number of row, and what answers them."""

@@ -14,6 +14,7 @@ from polars_llm.backends import engines, sampling
 from polars_llm.backends.engines import Ask, Finished, Refused
 from polars_llm.backends.own import LIVE_SCHEMA, OwnModel, messages
 from polars_llm.backends.replies import Reply, after_ctrl_c
+from polars_llm.request import Requests
 
 __all__ = ["VLLMLocal"]
 
