@@ -11,7 +11,7 @@ import polars as pl
 
 from polars_llm.config import OnPending
 from polars_llm.errors import LLMWarning
-from polars_llm.frame import embeddings, engine, nodes, verbs
+from polars_llm.frame import embeddings, engine, expressions, nodes, verbs
 from polars_llm.frame.embeddings import EmbedOptions
 from polars_llm.frame.estimate import CountTokens, resolve_verb
 from polars_llm.frame.inputs import PROMPT
@@ -461,7 +461,7 @@ class LLMExpr:
     )
     def generate(self, *, pushdown: bool | None = None, **options: Unpack[GenerateOptions]) -> pl.Expr:
         verb = verbs.generate(self._expr, **options)
-        return nodes.expression(verb, pushdown=engine.pushdown(pushdown))
+        return expressions.expression(verb, pushdown=engine.pushdown(pushdown))
 
     @_documented(
         _CLASSIFY,
@@ -477,7 +477,7 @@ class LLMExpr:
         self, labels: LabelsLike, *, pushdown: bool | None = None, **options: Unpack[CommonOptions]
     ) -> pl.Expr:
         verb = verbs.classify(self._expr, labels, **options)
-        return nodes.expression(verb, pushdown=engine.pushdown(pushdown))
+        return expressions.expression(verb, pushdown=engine.pushdown(pushdown))
 
     @_documented(
         _EMBED,
@@ -491,7 +491,7 @@ class LLMExpr:
     )
     def embed(self, *, pushdown: bool | None = None, **options: Unpack[EmbedOptions]) -> pl.Expr:
         verb = embeddings.embed(self._expr, **options)
-        return nodes.expression(verb, pushdown=engine.pushdown(pushdown))
+        return expressions.expression(verb, pushdown=engine.pushdown(pushdown))
 
 
 class LLMSeries:

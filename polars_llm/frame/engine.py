@@ -20,8 +20,8 @@ import polars as pl
 
 from polars_llm.config import OnPending
 from polars_llm.errors import InvalidRequest
+from polars_llm.frame.asking import never_ends
 from polars_llm.frame.column import Failures
-from polars_llm.frame.nodes import never_ends
 from polars_llm.frame.scope import Contended, Missing, Scope, Staged
 from polars_llm.frame.verbs import Wanted, needs, spent
 from polars_llm.jobs.evaluate import Pending, check_money, evaluate

@@ -6,14 +6,13 @@
   follow one another and do not read each other's answers share one source, and are sent together.
 - Where it may take long (``on_pending="wait"``, live backends) it is a `LazyFrame.map_batches`
   (`_on_main_thread`), which both engines call on the thread that collects, so that Ctrl+C works.
-- An expression (`expression`) sees the whole column, or, with ``pushdown=True``, any part of it.
+- An expression (`polars_llm.frame.expressions`) sees the whole column, or any part of it.
 
 In a driven evaluation (`polars_llm.frame.engine`) none of them sends anything: they say what they want.
 """
 
 from __future__ import annotations
 
-import functools
 import itertools
 import weakref
 from collections.abc import Callable, Iterator, Sequence
@@ -23,18 +22,17 @@ import polars as pl
 from polars.io.plugins import register_io_source
 
 from polars_llm.backends.base import is_batch
-from polars_llm.errors import InvalidRequest, PolarsLLMError, UnansweredInput
-from polars_llm.frame.column import warn
+from polars_llm.errors import InvalidRequest, UnansweredInput
+from polars_llm.frame.asking import Asked, InPlan, answers
 from polars_llm.frame.estimate import CountTokens, estimate
 from polars_llm.frame.inputs import PROMPT
-from polars_llm.frame.scope import Missing, Occurrence, Scope, Staged, grouped, inside, mark
+from polars_llm.frame.scope import Occurrence, Scope, Staged, mark
 from polars_llm.frame.verbs import Verb, Wanted, bring
 from polars_llm.jobs.evaluate import Pending
-from polars_llm.jobs.lookup import unanswered
 from polars_llm.request import Requests
 from polars_llm.store.spool import Scratch
 
-__all__ = ["estimated", "expression", "lazily", "never_ends", "on_frame", "on_series"]
+__all__ = ["estimated", "lazily", "on_frame", "on_series"]
 
 
 def on_frame(frame: pl.DataFrame, verb: Verb) -> pl.DataFrame:
@@ -53,147 +51,12 @@ def on_series(series: pl.Series, verb: Verb) -> pl.Series:
     return _answer(series.alias(PROMPT).to_frame(), verb)[verb.name]
 
 
-# --- what is done about missing answers -----------------------------------------------------------------
-
-
-class _InPlan:
-    """Verbs at one place of a plan, in one evaluation of it.
-
-    Parameters
-    ----------
-    verb
-        The place.
-    upstream
-        The evaluation of what they read, where that is one of its own.
-    """
-
-    def __init__(self, verb: Occurrence, upstream: bool = False) -> None:
-        self._verb = verb
-        self._scopes = verb.scopes()
-        self.staged: Staged | None = next((s.staged for s in self._scopes if s.staged is not None), None)
-        self.upstream = Scope(self._scopes, self.staged) if upstream else None
-
-    def policy_of(self, verb: Verb) -> Verb:
-        """In a later pass nothing is retried that failed in an earlier one."""
-        return verb.once() if self.staged is not None and self.staged.again else verb
-
-    @property
-    def blocked(self) -> bool:
-        """Do they read, or may they read, an answer that is still to come?"""
-        if self.upstream is not None:
-            return not self.upstream.complete
-        return any(scope.blocks(self._verb) for scope in self._scopes)
-
-    def missing(self) -> None:
-        """From here on rows go out that are not all answered."""
-        self._note(answered=False)
-
-    def decide(self, wanted: Sequence[Wanted]) -> Pending | None:
-        """Send what is missing, leave that to the driver, or leave it altogether."""
-        if self.staged is not None:
-            self._stage(wanted, self.staged)
-            return None
-        if self.blocked:
-            self._note(answered=False)
-            if any(verb.on_pending == "raise" for verb, _ in wanted):
-                raise _unanswered_input(wanted)
-            return None
-        pending = bring(wanted)
-        self._note(answered=not pending.jobs)
-        return pending
-
-    def want(self, wanted: Sequence[Wanted]) -> None:
-        """Tell the driver what is missing."""
-        if wanted and self.staged is not None:
-            self.staged.want(self._verb, wanted)
-
-    def done(self) -> None:
-        """Every row was answered; they may still have been asked with an input that was not."""
-        self._note(answered=self.upstream is None or self.upstream.complete)
-
-    def _stage(self, wanted: Sequence[Wanted], staged: Staged) -> None:
-        if staged.final:
-            raise never_ends(wanted)
-        if self.blocked:
-            staged.block(self._verb)
-        else:
-            staged.want(self._verb, wanted)
-        self._note(answered=False)
-        if staged.strict:
-            raise Missing("answers are missing")
-
-    def _note(self, *, answered: bool) -> None:
-        for scope in self._scopes:
-            scope.note(self._verb, answered=answered)
-
-    def close(self) -> None:
-        """The evaluation of what they read is over."""
-        if self.upstream is not None:
-            self.upstream.close()
-
-
-def _unanswered_input(wanted: Sequence[Wanted]) -> UnansweredInput:
-    names = ", ".join(repr(verb.name) for verb, _ in wanted)
-    return UnansweredInput(
-        f"{names} reads answers that are not there yet.",
-        hint="run the same line again later, or lf.llm.collect(), which waits for one after the other."
-        " Nothing was sent for it.",
-    )
-
-
-def never_ends(wanted: Sequence[Wanted]) -> UnansweredInput:
-    """The error for a plan that can't be driven to its end."""
-    names = ", ".join(sorted({repr(verb.name) for verb, _ in wanted})) or "A verb"
-    return UnansweredInput(
-        f"{names} asks for other rows in every evaluation: the plan samples, or its input changes.",
-        hint="collect what it reads first, then ask. What was sent is kept and not paid for again.",
-    )
-
-
 # --- frames -------------------------------------------------------------------------------------------
 
 
 def _answer(frame: pl.DataFrame, verb: Verb) -> pl.DataFrame:
     """The whole frame at once, with the answers."""
-    return frame.with_columns(_answers([_Asked(verb, _rows(frame, verb))], bring, None))
-
-
-def _answers(
-    asked: Sequence[_Asked], decide: Callable[[Sequence[Wanted]], Pending | None], staged: Staged | None
-) -> list[pl.Series]:
-    """The columns of verbs side by side."""
-    wanted = [(a.verb, requests) for a in asked if (requests := a.missing()) is not None]
-    pending = decide(wanted) if wanted else None
-    columns = []
-    for a in asked:
-        if wanted:
-            a.look_again()
-        failures = a.verb.failures()
-        failures.count(a.found, pending)
-        if staged is None:
-            failures.report(a.verb.on_error)
-        else:
-            staged.failed(a.verb, failures)
-        columns.append(a.verb.lay(a.found, a.rows, pending))
-    return columns
-
-
-class _Asked:
-    """Rows of one verb, looked up."""
-
-    def __init__(self, verb: Verb, rows: pl.DataFrame) -> None:
-        self.verb = verb
-        self.rows = verb.checked(rows)
-        self._keys = verb.keys(self.rows)
-        self.look_again()
-
-    def look_again(self) -> None:
-        self.found = self.verb.find(self.rows, self._keys)
-
-    def missing(self) -> Requests | None:
-        if unanswered(self.found, self.verb.policy).is_empty():
-            return None
-        return self.verb.requests(self.rows, self.found)
+    return frame.with_columns(answers([Asked(verb, _rows(frame, verb))], bring, None))
 
 
 def _rows(frame: pl.DataFrame, verb: Verb) -> pl.DataFrame:
@@ -283,9 +146,9 @@ def _on_main_thread(lf: pl.LazyFrame, verbs: Sequence[Verb]) -> pl.LazyFrame:
     whole = _schema(lf, verbs)
 
     def call(frame: pl.DataFrame) -> pl.DataFrame:
-        here = _InPlan(place)
-        asked = [_Asked(here.policy_of(a.verb), a.rows(frame)) for a in asking]
-        return frame.with_columns(_answers(asked, here.decide, here.staged)).select(*whole, *names)
+        here = InPlan(place)
+        asked = [Asked(here.policy_of(a.verb), a.rows(frame)) for a in asking]
+        return frame.with_columns(answers(asked, here.decide, here.staged)).select(*whole, *names)
 
     # Filters may only pass below where the answers are new columns: Polars would otherwise apply a
     # predicate on the old column of that name.
@@ -368,7 +231,7 @@ def _batches(lf: pl.LazyFrame, size: int | None) -> Iterator[pl.DataFrame]:
 
 def _unasked(rows: pl.LazyFrame, size: int | None, place: Occurrence) -> Iterator[pl.DataFrame]:
     """Batches without the answers; verbs further below take part in the evaluation all the same."""
-    here = _InPlan(place, upstream=True)
+    here = InPlan(place, upstream=True)
     assert here.upstream is not None
     try:
         yield from _within(here.upstream, rows, size)
@@ -389,7 +252,7 @@ def _streamed(
     As long as every row is answered, batches stream through. From the first missing answer on they go to
     disk, and to the end of the input requests are gathered.
     """
-    here = _InPlan(place, upstream=True)
+    here = InPlan(place, upstream=True)
     assert here.upstream is not None
     asking = [_Asking(here.policy_of(verb), number) for number, verb in enumerate(verbs)]
     # Prompts may look at other rows (shift, len): they are made before any row is left out. Where they do
@@ -464,7 +327,7 @@ def _beyond_doubt(
 
 
 def _through(
-    batches: Iterator[pl.DataFrame], asking: Sequence[_Asking], here: _InPlan, waiting: Scratch
+    batches: Iterator[pl.DataFrame], asking: Sequence[_Asking], here: InPlan, waiting: Scratch
 ) -> Iterator[pl.DataFrame]:
     missing = False
     try:
@@ -497,7 +360,7 @@ def _through(
 
 
 def _laid(
-    batch: pl.DataFrame, asking: Sequence[_Asking], looked: Sequence[_Asked], pending: Pending | None
+    batch: pl.DataFrame, asking: Sequence[_Asking], looked: Sequence[Asked], pending: Pending | None
 ) -> pl.DataFrame:
     columns = []
     for a, asked in zip(asking, looked, strict=True):
@@ -518,7 +381,7 @@ class _Asking:
         self.inputs = [e.alias(n) for e, n in zip(read, self.names, strict=True)]
         self._own = [e.meta.output_name() for e in read]
 
-    def look(self, batch: pl.DataFrame) -> _Asked:
+    def look(self, batch: pl.DataFrame) -> Asked:
         """Look the rows of a batch up, and keep what is missing."""
         asked = self.look_again(batch)
         requests = asked.missing()
@@ -526,8 +389,8 @@ class _Asking:
             self.requests.append(requests)
         return asked
 
-    def look_again(self, batch: pl.DataFrame) -> _Asked:
-        return _Asked(self.verb, self.rows(batch))
+    def look_again(self, batch: pl.DataFrame) -> Asked:
+        return Asked(self.verb, self.rows(batch))
 
     def rows(self, batch: pl.DataFrame) -> pl.DataFrame:
         """Its inputs under the names that the verb knows."""
@@ -541,120 +404,3 @@ class _Asking:
         frame = pl.concat([r.frame for r in self.requests]).unique("key", maintain_order=True)
         self.requests.clear()
         return [(self.verb, self.verb.distinct(frame))]
-
-
-# --- expressions --------------------------------------------------------------------------------------
-
-
-def expression(verb: Verb, *, pushdown: bool | None) -> pl.Expr:
-    """The verb as an expression: on the whole column, or, with `pushdown`, on what of it is needed.
-
-    None is pushed, for a driven evaluation; where it is called for a whole column plainly, it sends.
-    """
-    read = verb.inputs()
-    if any(e.meta.has_multiple_outputs() for e in read):
-        raise InvalidRequest(
-            "A verb as an expression asks one column at a time",
-            hint="call it for each column, or build one prompt with pl.format. Nothing was sent.",
-        )
-    own = [e.meta.output_name() for e in read]
-    place = Occurrence(frozenset().union(*(inside(e) for e in read)))
-    at = mark(place)
-    whole = functools.partial(_whole, at=at)
-    ask = (
-        whole if pushdown is False else functools.partial(_pushed, whole=whole if pushdown is None else None)
-    )
-
-    def call(rows: pl.Series) -> pl.Series:
-        with _rebuilt():
-            frame = rows.struct.unnest()
-            return ask(frame.rename(dict(zip(frame.columns, own, strict=True))), verb, place)
-
-    # The occurrence is found by its mark, which is the name of the first input.
-    fields = pl.struct(read[0].alias(at), *read[1:])
-    made = fields.map_batches(call, return_dtype=verb.dtype, is_elementwise=pushdown is not False)
-    return made.alias(verb.name)
-
-
-def _whole(rows: pl.DataFrame, verb: Verb, place: Occurrence, *, at: str) -> pl.Series:
-    here = _InPlan(place)
-    verb = here.policy_of(verb)
-
-    def decide(wanted: Sequence[Wanted]) -> Pending | None:
-        if here.staged is None and not here.blocked and grouped(at):
-            warn(
-                f"{verb.name!r} stands in a group_by or an over: each group is a job of its own.\n\n"
-                "Hint: build the prompts in the group_by and ask afterwards, or make the expression with"
-                " pushdown=True and collect with lf.llm.collect()."
-            )
-        return here.decide(wanted)
-
-    asked = _Asked(verb, rows)
-    requests = asked.missing()
-    pending = decide([(verb, requests)]) if requests is not None else None
-    if requests is None:
-        here.done()
-    else:
-        asked.look_again()
-    return _expressed(asked, pending, here)
-
-
-def _pushed(
-    rows: pl.DataFrame,
-    verb: Verb,
-    place: Occurrence,
-    *,
-    whole: Callable[[pl.DataFrame, Verb, Occurrence], pl.Series] | None,
-) -> pl.Series:
-    """Some rows, on any thread: nothing is sent, unless it is the `whole` column of a plain call."""
-    here = _InPlan(place)
-    if whole is not None and here.staged is None and place.on_collecting_thread:
-        return whole(rows, verb, place)
-    asked = _Asked(here.policy_of(verb), rows)
-    requests = asked.missing()
-    if requests is not None:
-        if here.staged is None:
-            raise UnansweredInput(
-                f"{verb.name!r} was built with pushdown, and {requests.height:,} or more of its requests"
-                " have no answer.",
-                hint="lf.llm.collect(), or collect(engine=pllm.Engine()), sends them together. Nothing"
-                " was sent.",
-            )
-        here.decide([(verb, requests)])
-    return _expressed(asked, None, here)
-
-
-def _expressed(asked: _Asked, pending: Pending | None, here: _InPlan) -> pl.Series:
-    failures = asked.verb.failures()
-    failures.count(asked.found, pending)
-    if here.staged is None:
-        failures.report(asked.verb.on_error)
-    else:
-        here.staged.failed(asked.verb, failures)
-    return asked.verb.lay(asked.found, asked.rows, pending)
-
-
-class _rebuilt:  # noqa: N801
-    """Make our exceptions survive Polars, which rebuilds them as ``type(e)(message)``.
-
-    The facts ride on a class made for this one exception, whose constructor puts them back.
-    """
-
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
-        if not isinstance(error, PolarsLLMError):
-            return
-        base, facts, message = type(error), dict(error.__dict__), error.args[0]
-
-        def restore(self: PolarsLLMError, *_: object) -> None:
-            Exception.__init__(self, message)
-            self.__dict__.update(facts)
-
-        def reduce(_: PolarsLLMError) -> tuple[Any, ...]:
-            return base, (message,), facts
-
-        names = {"__init__": restore, "__reduce__": reduce, "__module__": base.__module__}
-        survivor = type(base.__name__, (base,), {**names, "__qualname__": base.__qualname__})
-        raise survivor(message) from error
