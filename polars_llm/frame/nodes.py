@@ -1,4 +1,4 @@
-"""How verbs live in a plan: direct on a frame, a streaming source, a main-thread node, an expression.
+"""How verbs live in a plan: direct on a frame, a streaming source, a main-thread node.
 
 - A DataFrame or Series calls the heart directly: main thread, exceptions and Ctrl+C whole.
 - A LazyFrame verb is an IO source of its own (`_source`): filters, columns and limits that do not read the
