@@ -30,6 +30,7 @@ __all__ = [
     "died",
     "fits_beside",
     "is_memory",
+    "in_this_process",
     "is_out_of_memory",
     "kind_of",
     "message_of",
@@ -343,6 +344,11 @@ def fits_beside(arguments: Mapping[str, Any], others: Sequence[Mapping[str, Any]
         return True
     shares = (a.get("gpu_memory_utilization") or _DEFAULT_UTILISATION for a in (arguments, *others))
     return float(sum(shares)) <= _ALL_OF_A_GPU
+
+
+def in_this_process(llm: vllm.LLM) -> bool:
+    """False for an engine that vLLM has started a process for."""
+    return hasattr(llm.llm_engine.engine_core, "engine_core")
 
 
 def shut_down(llm: vllm.LLM, *, last: bool) -> None:

@@ -3,6 +3,10 @@
 vLLM is not thread-safe: two threads on one engine hang or crash. So an engine is built, fed, stepped and
 closed by a thread of its own; whoever wants answers puts a `Run` into its inbox and reads the run's outbox.
 While one block of answers is being written to disk the engine works on. Several runs share it.
+
+Nor are two engines in one process safe beside each other: what a step tells its layers lies in globals of
+vLLM, so that two steps at once read each other's attention states: wrong answers, or a crash. Engines in
+this process take turns, a step each.
 """
 
 from __future__ import annotations
@@ -125,13 +129,14 @@ class Run:
 
 
 class Engine:
-    """One engine; made and used on its own thread. Raises what its construction raised."""
+    """One engine; made and used on its own thread."""
 
     def __init__(self, model: str, arguments: Mapping[str, Any]) -> None:
         self._model = model
         self.arguments = dict(arguments)
         self._inbox: queue.SimpleQueue[Run | None] = queue.SimpleQueue()
-        self._ready: queue.SimpleQueue[BaseException | None] = queue.SimpleQueue()
+        self._started = threading.Event()
+        self._failure: BaseException | None = None
         self._runs: list[Run] = []
         self._ids = itertools.count()
         self._last: tuple[Mapping[str, Any], vllm.SamplingParams] | None = None
@@ -139,14 +144,13 @@ class Engine:
         self._gone = False
         self._door = threading.Lock()
         self._thread.start()
-        try:
-            error = self._ready.get()
-        except BaseException:  # Ctrl+C: what is being built closes itself
-            self._inbox.put(None)
-            raise
-        if error is not None:
+
+    def wait(self) -> None:
+        """Until it is built; raises what its construction raised. Ctrl+C ends the waiting alone."""
+        self._started.wait()
+        if self._failure is not None:
             self._thread.join()
-            raise error
+            raise self._failure
 
     @property
     def alive(self) -> bool:
@@ -176,9 +180,10 @@ class Engine:
         try:
             self._build()
         except BaseException as error:  # noqa: BLE001  # carried to the thread that asked for the engine
-            self._ready.put(error)
+            self._gone, self._failure = True, error
             return
-        self._ready.put(None)
+        finally:
+            self._started.set()
         stopped: BaseException = binding.closed()
         try:
             while self._turn():
@@ -198,9 +203,10 @@ class Engine:
 
     def _build(self) -> None:
         global _built
-        with _building:
+        with _turns:
             self._llm: vllm.LLM = binding.construct(self._model, self.arguments)
             _built += 1
+        self._turns = _turns if binding.in_this_process(self._llm) else contextlib.nullcontext()
         config = self._llm.llm_engine.vllm_config
         self._room = int(config.scheduler_config.max_num_seqs) + _WAITING
         self._longest = int(config.model_config.max_model_len)
@@ -212,7 +218,7 @@ class Engine:
         global _built
         if "_llm" not in self.__dict__:  # it could not be made again
             return
-        with _building:
+        with _turns:
             _built -= 1
             binding.shut_down(self.__dict__.pop("_llm"), last=_built == 0)
             gc.collect()
@@ -281,7 +287,8 @@ class Engine:
 
     def _step(self) -> None:
         try:
-            outputs = self._llm.llm_engine.step()
+            with self._turns:
+                outputs = self._llm.llm_engine.step()
         except Exception as error:
             if not binding.is_out_of_memory(error):
                 raise
@@ -312,8 +319,23 @@ class Engine:
                 self._add(run, ask)
 
 
-# Engines of one process share torch's distributed state: one is built or closed at a time.
-_building = threading.Lock()
+class _Turns:
+    """A lock that nobody takes twice in a row while another waits for it."""
+
+    def __init__(self) -> None:
+        self._next, self._now = threading.Lock(), threading.Lock()
+
+    def __enter__(self) -> None:
+        with self._next:
+            self._now.acquire()
+
+    def __exit__(self, *_: object) -> None:
+        self._now.release()
+
+
+# Engines of one process share vLLM's globals and torch's distributed state: one of them is built, takes a
+# step or is closed at a time.
+_turns = _Turns()
 _built = 0
 
 _engines: dict[str, Engine] = {}
@@ -347,16 +369,27 @@ def engine_for(model: str, arguments: Mapping[str, Any], *, chat: bool) -> Engin
             others = [other.arguments for other in _engines.values() if other.alive]
             if others and not binding.fits_beside(arguments, others):
                 _close_idle()
-            try:
-                engine = Engine(model, arguments)
-            except binding.OutOfMemory:
-                if not _close_idle():
-                    raise
-                engine = Engine(model, arguments)
-            _engines[name] = engine
+            _engines[name] = Engine(model, arguments)
+        try:
+            engine = _started(name)
+        except binding.OutOfMemory:
+            if not _close_idle():
+                raise
+            _engines[name] = Engine(model, arguments)
+            engine = _started(name)
     if chat and engine.no_template is not None:
         raise engine.no_template
     return engine
+
+
+def _started(name: str) -> Engine:
+    """Wait until it is built. After Ctrl+C it goes on with that, for whoever asks next."""
+    try:
+        _engines[name].wait()
+    except Exception:
+        del _engines[name]
+        raise
+    return _engines[name]
 
 
 def _close_idle() -> bool:
@@ -388,8 +421,8 @@ def close_all() -> None:
 
 def _forget() -> None:
     # A forked child has its parent's memory, and none of its threads.
-    global _lock, _building, _built
-    _lock, _building, _built = threading.Lock(), threading.Lock(), 0
+    global _lock, _turns, _built
+    _lock, _turns, _built = threading.Lock(), _Turns(), 0
     _engines.clear()
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+from pathlib import Path
 
 import polars as pl
 import pytest
@@ -107,3 +108,30 @@ def test_an_engine_closed_before_it_is_asked_takes_nothing(model_dir: str) -> No
     assert not closed.take(engines.Run(iter([])))
     assert questions(2).llm.generate("q", model=model, max_tokens=4)["response"].null_count() == 0
     model.close()
+
+
+def test_two_engines_at_once_answer_as_each_alone(
+    model_dir: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Steps of two engines at the same time read each other's attention states: wrong answers, or a crash.
+    models = [tiny(model_dir, {"max_model_len": length}) for length in (768, 512)]
+    frame = questions(100)
+    answers: dict[int, pl.Series] = {}
+
+    def ask(i: int) -> None:
+        out = frame.llm.generate("q", model=models[i], max_tokens=30, temperature=0)
+        answers[i] = out["response"]
+
+    ask(0)
+    alone = answers.pop(0)
+    for turn in range(3):
+        monkeypatch.setenv("POLARS_LLM_CACHE_DIR", str(tmp_path / str(turn)))
+        threads = [threading.Thread(target=ask, args=(i,)) for i in (0, 1)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(120)
+        assert [answers[i].equals(alone) for i in (0, 1)] == [True, True]
+        answers.clear()
+    for model in models:
+        model.close()

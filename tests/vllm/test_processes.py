@@ -83,6 +83,45 @@ def test_stopped_in_the_middle_the_rest_alone_is_asked(
     assert pllm.results().collect()["key"].n_unique() == pllm.results().collect().height == ROWS
 
 
+STOP_THE_START = """
+import _thread, threading, time
+
+def stop():
+    while "vllm" not in sys.modules:
+        time.sleep(0.05)
+    _thread.interrupt_main()
+
+threading.Thread(target=stop, daemon=True).start()
+try:
+    ask(sys.argv[1], 5)
+except KeyboardInterrupt:
+    print("stopped", flush=True)
+"""
+
+
+def test_stopped_at_the_start_the_next_evaluation_has_that_engine(model_dir: str, tmp_path: Path) -> None:
+    again = """
+ask(sys.argv[1], 5)
+print("engines", sum(t.name == "polars_llm vllm" for t in threading.enumerate()))
+"""
+    process = start(script(tmp_path / "ask.py", STOP_THE_START + again), model_dir)
+    said = finish(process)
+    assert [line for line in said.splitlines() if line.split()[0] in {"stopped", "answered", "engines"}] == [
+        "stopped",
+        "answered 5",
+        "engines 1",
+    ], said
+    assert process.returncode == 0
+
+
+def test_stopped_at_the_start_the_process_ends_in_order(model_dir: str, tmp_path: Path) -> None:
+    process = start(script(tmp_path / "ask.py", STOP_THE_START), model_dir)
+    said = finish(process)
+    assert "stopped" in said
+    assert "terminate called" not in said
+    assert process.returncode == 0, said
+
+
 def test_a_script_needs_no_guard(model_dir: str, tmp_path: Path) -> None:
     process = start(script(tmp_path / "ask.py", "ask(sys.argv[1], 5)"), model_dir)
     said = finish(process)
