@@ -34,7 +34,7 @@ os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
 import polars as pl
 
 import polars_llm as pllm
-from polars_llm.backends import engines
+from polars_llm.backends import engines, sampling
 
 HERE = Path(__file__).parent
 ORDERS = ("input", "length", "prefix", "auto")
@@ -110,7 +110,7 @@ class Bench:
         self.steps = 0
         model = self.model("input")
         backend = model.backend()
-        self.llm = engines.engine_for(backend._model, backend._arguments, chat=False)._llm
+        self.llm = engines.engine_for(backend._model, backend._arguments, endpoint=sampling.RAW)._llm
         step = self.llm.llm_engine.step
 
         def counted() -> Any:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import json
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self, get_args
@@ -57,15 +58,17 @@ class OwnModel:
                 f"order is {order!r}",
                 hint=f"it takes {', '.join(map(repr, get_args(Order)))}. Nothing was sent.",
             )
-        if price_per_hour is not None and not 0 <= price_per_hour < float("inf"):
-            raise InvalidRequest(
-                f"price_per_hour is {price_per_hour!r}, not USD of 0 or more",
-                hint="for example price_per_hour=2.5. Nothing was sent.",
-            )
+        _check("engine", engine, isinstance(engine, Mapping), "a mapping like {'max_model_len': 8192}")
+        _check("raw", raw, isinstance(raw, bool), "True or False")
+        _check("price_per_hour", price_per_hour, _is_price(price_per_hour), "USD of 0 or more, like 2.5")
+        for field in ("revision", "quantization"):
+            _check(field, others.get(field), isinstance(others.get(field), str), "text")
+        length = others.get("vector_length")
+        _check("vector_length", length, _is_length(length), "a whole number from 1 on")
         facts = {
             "name": name,
             "engine": dict(engine or {}),
-            "dtype": str(dtype),
+            "dtype": str(dtype).removeprefix("torch."),
             "raw": raw,
             "order": order,
             "price_per_hour": price_per_hour,
@@ -200,7 +203,7 @@ class VLLM(OwnModel):
 
     def __init__(
         self,
-        name: str,
+        name: str | os.PathLike[str],
         *,
         engine: Mapping[str, Any] | None = None,
         revision: str | None = None,
@@ -212,7 +215,7 @@ class VLLM(OwnModel):
         vector_length: int | None = None,
     ) -> None:
         self._set(
-            name,
+            os.fspath(name) if isinstance(name, os.PathLike) else name,
             engine=engine,
             revision=revision,
             dtype=dtype,
@@ -235,10 +238,25 @@ class VLLM(OwnModel):
 
     def close(self) -> None:
         """Close the engines of this configuration, if this process has any, and free their memory."""
-        pooling = copy.copy(self)
-        object.__setattr__(pooling, "endpoint", sampling.EMBEDDINGS)
-        for asked in (self, pooling):
-            asked.backend().close_engine()
+        from polars_llm.backends import engines
+
+        # As they were made: also where the directory has been moved since.
+        for model in {self.name, str(Path(self.name).expanduser().resolve())}:
+            for arguments in (self._arguments(), {**self._arguments(), "runner": "pooling"}):
+                engines.close(model, arguments)
+
+
+def _check(name: str, value: object, fits: bool, wanted: str) -> None:
+    if value is not None and not fits:
+        raise InvalidRequest(f"{name} is {value!r}", hint=f"it takes {wanted}. Nothing was sent.")
+
+
+def _is_price(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value < float("inf")
+
+
+def _is_length(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value > 0
 
 
 def _hidden_size(path: Path | None) -> int | None:

@@ -35,6 +35,7 @@ __all__ = [
     "kind_of",
     "message_of",
     "no_template",
+    "no_text",
     "pooling_parameters",
     "refusals",
     "release_memory",
@@ -90,12 +91,28 @@ def _construct(model: str, arguments: Mapping[str, Any]) -> vllm.LLM:
         except Exception as error:
             if _is_memory(error):
                 raise _out_of_memory(error) from error
+            said = str(error)
+            if isinstance(token := arguments.get("hf_token"), str) and token:
+                said = said.replace(token, "***")
             raise ProviderError(
-                f"vLLM could not start {model}: {error}",
+                f"vLLM could not start {model}: {said}",
                 provider="vllm",
-                hint="its own log is above; VLLM_LOGGING_LEVEL=INFO says more. If it speaks of memory, set"
-                f" engine={{'max_model_len': ..., {_memory_setting()!r}: ...}}. Nothing was asked.",
-            ) from error
+                hint=f"{_mend(model, error)} Nothing was asked.",
+            ) from (None if said != str(error) else error)
+
+
+def _mend(model: str, error: Exception) -> str:
+    if isinstance(error, TypeError) and "unexpected keyword" in str(error):
+        return "engine= takes the settings of vllm.LLM, by its own names."
+    if not Path(model).exists():
+        return (
+            f"there is no directory {model!r} here, so that it was looked up at the hub. A name there is"
+            " ORGANISATION/MODEL; a gated one needs HF_TOKEN; HF_HUB_OFFLINE=1 forbids to fetch it."
+        )
+    return (
+        "VLLM_LOGGING_LEVEL=INFO shows its log. If it speaks of memory, set"
+        f" engine={{'max_model_len': ..., {_memory_setting()!r}: ...}}."
+    )
 
 
 def _import() -> None:
@@ -103,10 +120,16 @@ def _import() -> None:
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")  # nothing leaves this machine
     try:
         import vllm
-    except ImportError as error:
+    except Exception as error:
+        if isinstance(error, ModuleNotFoundError) and error.name == "vllm":
+            raise ImportError(
+                "Models of your own need vLLM.\n\nHint: pip install 'polars-llm-batch[vllm]' on a machine"
+                " with a GPU; without one, in an environment of its own: see docs/local.md."
+            ) from error
         raise ImportError(
-            "Models of your own need vLLM.\n\nHint: pip install 'polars-llm-batch[vllm]' on a machine with"
-            " a GPU; without one, in an environment of its own: see docs/local.md."
+            f"vLLM is installed and cannot be imported: {type(error).__name__}: {error}\n\nHint: its packages"
+            " do not fit each other or this machine; docs/local.md says what to install, and what to leave"
+            " out without a GPU."
         ) from error
     del vllm
 
@@ -225,6 +248,14 @@ def no_template(llm: vllm.LLM) -> InvalidRequest | None:
     return None
 
 
+def no_text() -> InvalidRequest:
+    """The error for a model that gives vectors, where text was asked for."""
+    return InvalidRequest(
+        "This model gives vectors, not text.",
+        hint="df.llm.embed(...) asks it. Nothing was asked.",
+    )
+
+
 def sampling_parameters(arguments: Mapping[str, Any]) -> vllm.SamplingParams:
     """vLLM's own value; raises one of `refusals`."""
     import vllm
@@ -232,6 +263,8 @@ def sampling_parameters(arguments: Mapping[str, Any]) -> vllm.SamplingParams:
 
     chosen = dict(arguments)
     if chosen.get("structured_outputs"):
+        # Of vLLM's own call: where warnings are errors (a test suite), every typed answer would fail.
+        warnings.filterwarnings("ignore", "max_rollback_tokens is deprecated", DeprecationWarning)
         chosen["structured_outputs"] = StructuredOutputsParams(**chosen["structured_outputs"])
     return vllm.SamplingParams(**chosen, output_kind=RequestOutputKind.FINAL_ONLY)
 

@@ -24,11 +24,13 @@ import traceback
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeAlias
 
-from polars_llm.backends import binding
+from polars_llm.backends import binding, sampling
 
 if TYPE_CHECKING:
     import vllm
     from vllm.outputs import RequestOutput
+
+    from polars_llm.errors import InvalidRequest
 
 __all__ = ["Ask", "Engine", "Finished", "Refused", "Run", "close", "close_all", "engine_for", "running"]
 
@@ -212,7 +214,15 @@ class Engine:
         self._longest = int(config.model_config.max_model_len)
         self._pooling = config.model_config.runner_type == "pooling"
         self._defaults = {} if self._pooling else dict(config.model_config.get_diff_sampling_param())
-        self.no_template = None if self._pooling else binding.no_template(self._llm)
+        self.refused = self._refused()
+
+    def _refused(self) -> dict[str, InvalidRequest]:
+        """What every request to an endpoint would fail of."""
+        if self._pooling:
+            error = binding.no_text()
+            return {sampling.CHAT: error, sampling.RAW: error}
+        no_template = binding.no_template(self._llm)
+        return {} if no_template is None else {sampling.CHAT: no_template}
 
     def _tear_down(self) -> None:
         global _built
@@ -344,11 +354,11 @@ _lock = threading.Lock()
 
 @contextlib.contextmanager
 def running(
-    model: str, arguments: Mapping[str, Any], packs: Iterator[Sequence[Ask]], *, chat: bool
+    model: str, arguments: Mapping[str, Any], packs: Iterator[Sequence[Ask]], *, endpoint: str
 ) -> Iterator[Run]:
     """A run of these requests; leaving early takes back what is in flight."""
     run = Run(packs)
-    while not engine_for(model, arguments, chat=chat).take(run):
+    while not engine_for(model, arguments, endpoint=endpoint).take(run):
         pass  # somebody closed it between the two
     try:
         yield run
@@ -356,11 +366,11 @@ def running(
         run.closed.set()
 
 
-def engine_for(model: str, arguments: Mapping[str, Any], *, chat: bool) -> Engine:
+def engine_for(model: str, arguments: Mapping[str, Any], *, endpoint: str) -> Engine:
     """The engine of this configuration; made if this process has none yet.
 
-    Others that nobody uses are closed if there is no room for it beside them. With `chat`, a model
-    without a chat template raises InvalidRequest.
+    Others that nobody uses are closed if there is no room for it beside them. A model that cannot answer
+    at `endpoint` raises InvalidRequest.
     """
     name = _name(model, arguments)
     with _lock:
@@ -377,8 +387,8 @@ def engine_for(model: str, arguments: Mapping[str, Any], *, chat: bool) -> Engin
                 raise
             _engines[name] = Engine(model, arguments)
             engine = _started(name)
-    if chat and engine.no_template is not None:
-        raise engine.no_template
+    if endpoint in engine.refused:
+        raise engine.refused[endpoint]
     return engine
 
 

@@ -35,6 +35,12 @@ class VLLMLocal(OwnModel):
         super().__init__(model, **facts)
         self._arguments = arguments
 
+    def __getstate__(self) -> dict[str, Any]:
+        # An expression carries its backend when it is pickled; the other side reads the hub's token from
+        # its environment.
+        arguments = {k: v for k, v in self._arguments.items() if k != "hf_token"}
+        return {**self.__dict__, "_arguments": arguments}
+
     def run(self, requests: Sequence[Requests]) -> Generator[pl.DataFrame, None, None]:
         """Answer them all; a block about every second, while the engine goes on."""
         for r in requests:
@@ -42,12 +48,11 @@ class VLLMLocal(OwnModel):
         packs = chain.from_iterable(self._packs(r) for r in requests)
         self.note = "starting the engine"
         yield pl.DataFrame(schema=LIVE_SCHEMA)  # the time to show it
-        chat = self._endpoint == sampling.CHAT
         rows: list[Reply] = []
         handed: list[Reply] = []
         since, took = time.monotonic(), 0.0
         try:
-            with engines.running(self._model, self._arguments, packs, chat=chat) as run:
+            with engines.running(self._model, self._arguments, packs, endpoint=self._endpoint) as run:
                 since = time.monotonic()
                 while not run.over:
                     for event in run.events(_BLOCK_SECONDS):
@@ -80,10 +85,6 @@ class VLLMLocal(OwnModel):
                 asks.append(Ask(key, said, by_sample[sample], template))
             yield asks
             start += length
-
-    def close_engine(self) -> None:
-        """Close the engine of this configuration, if there is one."""
-        engines.close(self._model, self._arguments)
 
 
 def _frame(rows: Sequence[Reply]) -> pl.DataFrame:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pickle
 import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -113,6 +114,20 @@ def test_a_directory_is_what_is_in_it(folder: Path, tmp_path: Path) -> None:
     assert key(pllm.VLLM(str(moved))) != first
 
 
+def test_a_path_may_be_a_path(folder: Path) -> None:
+    assert key(pllm.VLLM(folder)) == key(pllm.VLLM(str(folder)))
+
+
+def test_a_dtype_may_be_named_as_torch_does() -> None:
+    assert key(pllm.VLLM("org/name", dtype="torch.float32")) == key(pllm.VLLM("org/name", dtype="float32"))
+
+
+def test_a_model_that_has_been_moved_can_still_be_closed(folder: Path) -> None:
+    model = pllm.VLLM(str(folder))
+    shutil.rmtree(folder)
+    model.close()
+
+
 def test_a_fine_tuned_copy_of_the_same_shape_is_another_model(folder: Path) -> None:
     before = directory_digest(folder)
     weights = folder / "model.safetensors"
@@ -154,6 +169,12 @@ def test_unknown_and_wrong_parameters_are_refused_at_the_call(options: dict[str,
         lambda: pllm.VLLM(""),
         lambda: pllm.VLLM("org/name", order="random"),  # type: ignore[arg-type]
         lambda: pllm.VLLM("org/name", price_per_hour=-1),
+        lambda: pllm.VLLM("org/name", price_per_hour="3"),  # type: ignore[arg-type]
+        lambda: pllm.VLLM("org/name", raw="no"),  # type: ignore[arg-type]
+        lambda: pllm.VLLM("org/name", revision=3),  # type: ignore[arg-type]
+        lambda: pllm.VLLM("org/name", vector_length=0),
+        lambda: pllm.VLLM("org/name", vector_length=7.5),  # type: ignore[arg-type]
+        lambda: pllm.VLLM("org/name", engine="max_model_len=8"),  # type: ignore[arg-type]
         lambda: pllm.VLLM("org/name", engine={"dtype": "half"}),
         lambda: pllm.VLLM("org/name", engine={"hf_overrides": print}),
     ],
@@ -174,6 +195,9 @@ def test_the_hubs_token_is_not_shown_or_pickled() -> None:
     assert b"hf_secret" not in pickle.dumps(model)
     assert pickle.loads(pickle.dumps(model)).engine == {"max_num_seqs": 4}
     assert "hf_secret" not in repr(model.backend())
+    plan = pl.LazyFrame({"q": ["a"]}).select(pl.col("q").llm.generate(model=model))
+    assert b"hf_secret" not in pickle.dumps(plan)
+    assert b"max_num_seqs" in pickle.dumps(plan)
 
 
 def test_samples_count_up_from_the_seed() -> None:
@@ -194,6 +218,16 @@ def test_without_the_package_the_error_says_what_to_install(monkeypatch: pytest.
     with pytest.raises(ImportError, match=r"pip install 'polars-llm-batch\[vllm\]'"):
         pl.DataFrame({"q": ["a"]}).llm.generate("q", model="vllm/org/name")
     assert pllm.jobs()["state"].to_list() == ["released"]
+
+
+def test_a_package_that_is_broken_is_not_called_missing(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (tmp_path / "vllm.py").write_text('raise RuntimeError("operator torchvision::nms does not exist")')
+    monkeypatch.delitem(sys.modules, "vllm", raising=False)
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(ImportError, match=r"cannot be imported.*torchvision::nms.*\n\n.*local.md"):
+        pl.DataFrame({"q": ["a"]}).llm.generate("q", model="vllm/org/name")
 
 
 def test_a_schema_holds_what_the_engine_can_keep_to() -> None:

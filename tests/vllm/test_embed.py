@@ -47,6 +47,16 @@ def test_a_text_that_is_too_long_fails_alone(encoder_dir: str) -> None:
     assert out["embedding"].is_null().to_list() == [False, True]
 
 
+def test_asked_for_text_a_pooling_model_is_refused_once(encoder_dir: str) -> None:
+    # Not row by row: those failures would be remembered.
+    for raw in (False, True):
+        model = tiny(encoder_dir, {"max_model_len": 512}, raw=raw)
+        with pytest.raises(pllm.InvalidRequest, match="vectors, not text"):
+            pl.DataFrame({"t": ["a", "b"]}).llm.generate("t", model=model, max_tokens=2)
+    assert pllm.results().collect().height == 0
+    model.close()
+
+
 def test_a_language_model_made_to_embed(model_dir: str) -> None:
     model = tiny(model_dir, {"convert": "embed"})
     out = pl.DataFrame({"t": ["some text", "another"]}).llm.embed("t", model=model, output="full")

@@ -18,10 +18,10 @@ def questions(n: int) -> pl.DataFrame:
 
 
 def engine_of(model: pllm.VLLM):  # type: ignore[no-untyped-def]
-    from polars_llm.backends import engines
+    from polars_llm.backends import engines, sampling
 
     backend = model.backend()
-    return engines.engine_for(backend._model, backend._arguments, chat=True)
+    return engines.engine_for(backend._model, backend._arguments, endpoint=sampling.CHAT)
 
 
 def test_whoever_waits_for_an_engine_that_is_closed_is_told_so(model_dir: str) -> None:
