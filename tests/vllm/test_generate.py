@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import random
 import threading
+import warnings
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -112,6 +113,14 @@ def test_answers_keep_to_a_schema(model: pllm.VLLM) -> None:
     labels = questions(12).llm.classify("q", ["spam", "ham"], model=model)
     assert labels["label"].null_count() == 0
     assert set(labels["label"].cast(pl.String)) <= {"spam", "ham"}
+
+
+def test_typed_answers_where_warnings_are_errors(model: pllm.VLLM) -> None:
+    # What an engine's libraries warn of in its threads would fail every row.
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        out = questions(3).llm.classify("q", ["yes", "no"], model=model)
+    assert out["label"].null_count() == 0
 
 
 def test_structured_outputs_by_vllms_own_names(model: pllm.VLLM) -> None:
@@ -230,6 +239,23 @@ def test_not_enough_memory_names_the_two_settings(model_dir: str) -> None:
     assert "kv_cache_memory_bytes" in str(caught.value)
     assert pllm.jobs()["state"].to_list() == ["released"]
     assert threads() == []  # those that nobody used made room, and it was tried again
+
+
+@pytest.mark.parametrize(
+    ("name", "engine", "hint"),
+    [
+        ("", {"max_modle_len": 8}, "settings of vllm.LLM"),
+        ("org/nobody-has-this", {}, "looked up at the hub"),
+    ],
+)
+def test_what_cannot_start_says_what_to_change(
+    model_dir: str, name: str, engine: dict[str, int], hint: str
+) -> None:
+    model = pllm.VLLM(name or model_dir, dtype="float32", engine=engine)
+    with pytest.raises(pllm.ProviderError, match="could not start") as caught:
+        questions(1).llm.generate("q", model=model)
+    assert hint in str(caught.value)
+    assert "memory" not in str(caught.value)
 
 
 def test_a_model_without_a_template_says_raw(tmp_path: Path) -> None:
