@@ -11,6 +11,7 @@ import gc
 import multiprocessing
 import os
 import random
+import subprocess
 import sys
 import threading
 import warnings
@@ -36,6 +37,7 @@ __all__ = [
     "message_of",
     "no_template",
     "no_text",
+    "outlived",
     "pooling_parameters",
     "refusals",
     "release_memory",
@@ -382,6 +384,42 @@ def fits_beside(arguments: Mapping[str, Any], others: Sequence[Mapping[str, Any]
 def in_this_process(llm: vllm.LLM) -> bool:
     """False for an engine that vLLM has started a process for."""
     return hasattr(llm.llm_engine.engine_core, "engine_core")
+
+
+# It waits for the end of its input, which comes when we are gone; psutil knows a process from a later one
+# with its number.
+_AFTER_US = """
+import contextlib, sys
+import psutil
+
+engines = []
+for pid in sys.argv[1:]:
+    with contextlib.suppress(psutil.NoSuchProcess):
+        engines.append(psutil.Process(int(pid)))
+sys.stdin.buffer.read()
+for engine in engines:
+    with contextlib.suppress(psutil.NoSuchProcess):
+        for process in [*engine.children(recursive=True), engine]:
+            process.kill()
+"""
+
+
+def outlived(llm: vllm.LLM) -> subprocess.Popen[bytes] | None:
+    """A small process that ends an engine in a process of its own if this one is killed.
+
+    vLLM leaves it alive, with all of its memory: the evaluation that goes on would find none. None for an
+    engine in this process.
+    """
+    if in_this_process(llm):
+        return None
+    processes = getattr(llm.llm_engine.engine_core.resources.engine_manager, "processes", None)
+    if not processes:
+        return None  # where a cluster started it
+    return subprocess.Popen(
+        [sys.executable, "-c", _AFTER_US, *(str(process.pid) for process in processes)],
+        stdin=subprocess.PIPE,
+        start_new_session=True,  # Ctrl+C is not meant for it
+    )
 
 
 def shut_down(llm: vllm.LLM, *, last: bool) -> None:

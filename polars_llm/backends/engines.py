@@ -209,6 +209,7 @@ class Engine:
             self._llm: vllm.LLM = binding.construct(self._model, self.arguments)
             _built += 1
         self._turns = _turns if binding.in_this_process(self._llm) else contextlib.nullcontext()
+        self._watch = binding.outlived(self._llm)
         config = self._llm.llm_engine.vllm_config
         self._room = int(config.scheduler_config.max_num_seqs) + _WAITING
         self._longest = int(config.model_config.max_model_len)
@@ -230,6 +231,9 @@ class Engine:
             return
         with _turns:
             _built -= 1
+            if self._watch is not None:
+                self._watch.kill()
+                self._watch.communicate()
             binding.shut_down(self.__dict__.pop("_llm"), last=_built == 0)
             gc.collect()
         binding.release_memory()

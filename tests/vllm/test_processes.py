@@ -140,6 +140,30 @@ def test_where_a_guard_is_needed_the_error_says_so(model_dir: str, tmp_path: Pat
 
 
 @pytest.mark.slow
+def test_killed_it_leaves_no_engine_behind(model_dir: str, tmp_path: Path) -> None:
+    import psutil
+
+    process = start(
+        script(tmp_path / "ask.py", 'if __name__ == "__main__":\n    ask(sys.argv[1])'),
+        model_dir,
+        VLLM_ENABLE_V1_MULTIPROCESSING="1",
+    )
+    until_some_are_kept(process)
+    left = psutil.Process(process.pid).children(recursive=True)
+    assert len(left) > 1
+    process.kill()
+    process.wait()
+    try:
+        _, alive = psutil.wait_procs(left, timeout=20)
+        assert alive == []
+    finally:
+        for one in left:
+            if one.is_running():
+                one.kill()
+        finish(process)
+
+
+@pytest.mark.slow
 def test_an_engine_in_a_process_of_its_own(model_dir: str, tmp_path: Path) -> None:
     process = start(
         script(tmp_path / "ask.py", 'if __name__ == "__main__":\n    ask(sys.argv[1], 5)'),
