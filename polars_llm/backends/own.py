@@ -95,8 +95,9 @@ class OwnModel:
         if requests.frame["system"].null_count() < requests.height or (requests.frame["kind"] != "t").any():
             raise InvalidRequest(
                 "raw=True sends a text as it is: there is no place for a system prompt or for messages",
-                hint="write all of it into the prompt, or leave raw out. classify writes a system prompt: with"
-                " raw=True use generate and params={'structured_outputs': {'choice': [...]}}. Nothing was asked.",
+                hint="write all of it into the prompt, or leave raw out. classify writes a system prompt:"
+                " with raw=True use generate and params={'structured_outputs': {'choice': [...]}}."
+                " Nothing was asked.",
             )
 
     def _arranged(self, requests: Requests, budget: int) -> tuple[pl.DataFrame, pl.Series]:
