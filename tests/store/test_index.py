@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from polars_llm.errors import CacheError
+from polars_llm.store import index as key_index
 from polars_llm.store.index import INDEX_SCHEMA, KeyIndex, load, save
 
 KEY = st.sampled_from([0, 1, 2, 3, 2**64 - 1, 2**64, 2**127, 2**128 - 2, 2**128 - 1])
@@ -41,8 +42,11 @@ def best(segments: dict[int, list[tuple[int, int, int]]], written: list[int], ke
     return state, max(attempt for *_, attempt, _ in all_of_it), segment, row
 
 
-@given(SEGMENTS, st.data())
-def test_it_says_what_a_dictionary_says(parts: list[list[tuple[int, int, int]]], data: st.DataObject) -> None:
+@pytest.mark.parametrize("sparse", [0, 512], ids=["searched", "joined"])
+@given(parts=SEGMENTS, data=st.data())
+def test_it_says_what_a_dictionary_says(
+    parts: list[list[tuple[int, int, int]]], data: st.DataObject, sparse: int
+) -> None:
     written = data.draw(st.permutations(range(len(parts))))
     steps = data.draw(st.lists(st.integers(0, len(parts)), max_size=3).map(sorted))
     index = KeyIndex()
@@ -53,10 +57,25 @@ def test_it_says_what_a_dictionary_says(parts: list[list[tuple[int, int, int]]],
     asked = data.draw(st.lists(st.none() | KEY, max_size=20))
     segments = dict(enumerate(parts))
     expected = [(None,) * 5 if k is None else (k, *best(segments, written, k)) for k in asked]
-    for each in (index, index.merged()):
-        found = each.find(pl.Series(asked, dtype=pl.UInt128))
-        assert found.schema == INDEX_SCHEMA
-        assert found.rows() == expected
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(key_index, "_SPARSE", sparse)
+        for each in (index, index.merged()):
+            found = each.find(pl.Series(asked, dtype=pl.UInt128))
+            assert found.schema == INDEX_SCHEMA
+            assert found.rows() == expected
+
+
+@pytest.mark.parametrize("chunks", [1, 7])
+def test_few_keys_in_many(chunks: int) -> None:
+    """As many as it takes to search instead of joining; between, before and behind those that are there."""
+    rows = entries(0, [(1_000 + 2 * n, n % 3, 1 + n % 9) for n in range(4_097)])
+    part = -(-rows.height // chunks)
+    run = pl.concat([rows.slice(start, part) for start in range(0, rows.height, part)], rechunk=False)
+    keys = [None, 1_000, 1_001, 999, 0, None, 9_192, 9_193]
+    found = KeyIndex((run,)).find(pl.Series(keys, dtype=pl.UInt128))
+    assert run.height > key_index._SPARSE * len(keys)
+    assert found["row"].to_list() == [None, 0, None, None, None, None, 4_096, None]
+    assert found["key"].to_list() == keys
 
 
 def test_a_merged_segment_takes_over_from_those_that_are_gone() -> None:
