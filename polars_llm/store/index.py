@@ -160,8 +160,10 @@ def load(path: Path) -> tuple[KeyIndex, list[tuple[str, str]]] | None:
             return None
         covered = [(str(name), str(stamp)) for name, stamp in head["covered"]]
         rows = pl.read_ipc(ipc)
+        del ipc
     except (OSError, ValueError, TypeError, KeyError, pl.exceptions.PolarsError):
         return None
     if rows.schema != pl.Schema(INDEX_SCHEMA) or not rows["key"].is_sorted():
         return None
-    return KeyIndex((rows.with_columns(pl.col("key").set_sorted()),)), covered
+    # The file has a chunk for every 122,880 rows, of which Polars would make one in every look-up.
+    return KeyIndex((rows.rechunk().with_columns(pl.col("key").set_sorted()),)), covered

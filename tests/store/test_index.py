@@ -98,6 +98,24 @@ def test_many_small_extensions_make_few_runs() -> None:
     assert index.find(pl.Series(range(200), dtype=pl.UInt128))["segment"].to_list() == list(range(200))
 
 
+def test_a_long_index_is_loaded_in_one_piece(tmp_path: Path) -> None:
+    """Every look-up would put the pieces together again, as many times as there are batches of rows."""
+    rows = pl.select(
+        key=pl.int_range(300_000).cast(pl.UInt128),
+        state=pl.lit(0, pl.UInt8),
+        attempt=pl.lit(1, pl.UInt16),
+        segment=pl.lit(0, pl.UInt32),
+        row=pl.int_range(300_000, dtype=pl.UInt32),
+    )
+    path = tmp_path / "keys.index"
+    save(path, KeyIndex((rows,)), COVERED)
+    loaded = load(path)
+    assert loaded is not None
+    (run,) = loaded[0].runs
+    assert run.equals(rows)
+    assert set(run.n_chunks("all")) == {1}
+
+
 COVERED = [("a.parquet", "10 5"), ("ümlaut.parquet", "7 3")]
 
 
