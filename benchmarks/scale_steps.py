@@ -22,7 +22,8 @@ from rounds import Stopwatch, report
 
 from polars_llm.backends.base import BatchStatus, Phase
 from polars_llm.backends.openai import OpenAIBatch
-from polars_llm.frame.nodes import _Asked, _Asking
+from polars_llm.frame.asking import Asked
+from polars_llm.frame.nodes import _Asking
 from polars_llm.frame.verbs import Verb, generate, needs
 from polars_llm.job import Job, State
 from polars_llm.jobs.claim import batches, claim
@@ -340,7 +341,7 @@ def _read_again(frame: Iterator[pl.DataFrame], *, expected: int) -> dict[str, An
     return {**facts, "split": {"read": read, "look up": facts["seconds"] - read}}
 
 
-def _right(look: _Asked, answers: pl.Series) -> int:
+def _right(look: Asked, answers: pl.Series) -> int:
     # An answer is its key in hex, and a key that is looked up is the first half of it.
     half = answers.str.slice(0, 32).str.to_integer(base=16, dtype=pl.UInt128)
     return int((half == look._keys).sum())
