@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import dataclasses
 import random
 import threading
@@ -165,6 +166,22 @@ def test_lazy_frames_and_expressions(model: pllm.VLLM) -> None:
     assert other.llm.collect()["response"].null_count() == 0
     by_expression = frame.select(pl.col("q").llm.generate(model=model, max_tokens=4))
     assert by_expression.to_series().equals(whole["response"])
+
+
+def test_polars_llms_engine_and_a_running_loop(model: pllm.VLLM) -> None:
+    """A notebook evaluates its cells while an event loop runs on the same thread."""
+    frame = questions(6)
+    driven = frame.lazy().llm.generate("q", model=model, max_tokens=4).collect(engine=pllm.Engine())
+
+    async def cell() -> tuple[pl.DataFrame, pl.DataFrame]:
+        marked = frame.with_columns(pl.format("{} {}", "q", pl.lit("now")))
+        eager = frame.llm.generate("q", model=model, max_tokens=4)
+        return eager, marked.lazy().llm.generate("q", model=model, max_tokens=4).collect()
+
+    eager, lazy = asyncio.run(cell())
+    assert driven["response"].null_count() == lazy["response"].null_count() == 0
+    assert eager.equals(driven)
+    assert pllm.jobs()["requests"].to_list() == [6, 6]
 
 
 def test_two_threads_share_one_engine(model: pllm.VLLM) -> None:
