@@ -38,7 +38,7 @@ class OwnModel:
 
     def _set(
         self,
-        name: str,
+        name: str | os.PathLike[str],
         *,
         engine: Mapping[str, Any] | None,
         dtype: str,
@@ -47,6 +47,8 @@ class OwnModel:
         price_per_hour: float | None,
         **others: Any,
     ) -> None:
+        if isinstance(name, os.PathLike):
+            name = os.fspath(name)
         if not isinstance(name, str) or not name.strip():
             raise InvalidRequest(
                 "The model has no name.",
@@ -215,7 +217,7 @@ class VLLM(OwnModel):
         vector_length: int | None = None,
     ) -> None:
         self._set(
-            os.fspath(name) if isinstance(name, os.PathLike) else name,
+            name,
             engine=engine,
             revision=revision,
             dtype=dtype,

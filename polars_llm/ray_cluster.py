@@ -95,7 +95,7 @@ class RayVLLM(OwnModel):
 
     def __init__(
         self,
-        name: str,
+        name: str | os.PathLike[str],
         *,
         engine: Mapping[str, Any] | None = None,
         concurrency: int | tuple[int, int] = 1,

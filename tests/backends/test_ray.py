@@ -40,7 +40,7 @@ def test_keys_are_those_of_local_mode(tmp_path: Path) -> None:
             there = pllm.RayVLLM(name, raw=raw, **facts, **cluster_only)
             assert there.backend().header(asked) == here.backend().header(asked)
             assert there.backend().header(asked).provider == "vllm"
-    vectors, vectors_there = pllm.VLLM(str(tmp_path)), pllm.RayVLLM(str(tmp_path))
+    vectors, vectors_there = pllm.VLLM(str(tmp_path)), pllm.RayVLLM(tmp_path)
     assert vectors_there.embedding(None)[1:] == vectors.embedding(None)[1:] == (None, 8)
     header = vectors_there.embedding(None)[0].backend().header(Options())
     assert header == vectors.embedding(None)[0].backend().header(Options())
