@@ -169,7 +169,7 @@ caches = itertools.count()
 
 
 @pytest.mark.parametrize("run", RUNS)
-@settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(plan=st.lists(steps, min_size=1, max_size=7))
 def test_a_plan_gives_the_rows_of_eager_frames(
     run: str, plan: list[Step], provider: testing.Provider, tmp_path: Any, monkeypatch: pytest.MonkeyPatch
