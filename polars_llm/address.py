@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from urllib.parse import parse_qsl, urlencode, urlsplit
+from urllib.parse import parse_qsl, unquote, urlencode, urlsplit
 
 from polars_llm.errors import InvalidRequest
 
@@ -66,6 +66,13 @@ def store_url(text: str) -> str | None:
             f"cache_dir is a {scheme}:// URL without a bucket",
             hint=f"{scheme}://BUCKET/PREFIX. Nothing was sent.",
         )
+    if scheme != "file" and {"", ".", ".."} & set(unquote(path).split("/") if path else ()):
+        # What is written under s3://bucket/./p lies in another place than the one that is listed.
+        raise InvalidRequest(
+            "cache_dir is a URL with '.', '..' or nothing between two slashes",
+            hint="an object store has names, not directories: write the prefix out. Nothing was sent.",
+        )
+    given = [(name, value.rstrip("/") if name == "endpoint_override" else value) for name, value in given]
     query = f"?{urlencode(sorted(given), safe=':/')}" if given else ""
     return f"{scheme}://{bucket}/{path}".rstrip("/") + query
 
@@ -77,10 +84,11 @@ def options_of(url: str) -> dict[str, str]:
 
 def _refuse_half_a_url(text: str) -> None:
     # pathlib makes s3:/bucket of s3://bucket; a directory of that name would be an empty cache.
-    scheme, separator, _ = text.partition(":/")
+    scheme, separator, rest = text.partition(":")
+    scheme = scheme.lower()
     if separator and (scheme in _OPTIONS or scheme in _SAME):
         raise InvalidRequest(
-            f"cache_dir begins with {scheme}:/, which is neither a path nor a URL",
+            f"cache_dir begins with {scheme}:{rest[:1] if rest[:1] == '/' else ''}, and is no URL",
             hint=f"give it as text, not as a pathlib.Path: cache_dir='{scheme}://BUCKET/PREFIX'."
             " Nothing was sent.",
         )

@@ -57,7 +57,9 @@ def open_store(cache: Path | str | None = None, ledger: Path | None = None) -> S
         return _opened(CacheDirectory(cache or default_path()), "", lambda d: ParquetResults(d.results))
     place = Place(url or cache or default_path())
     directory = LedgerDirectory(ledger or default_ledger(place), place)
-    return _opened(directory, place.identity, lambda d: SharedResults(place, d.results))
+    # By its spelling too: one with a wrong region must not live on when the right one is given.
+    named = f"{place.identity} {place.name}"
+    return _opened(directory, named, lambda d: SharedResults(place, d.results))
 
 
 def _opened(directory: CacheDirectory, place: str, results: Callable[[CacheDirectory], ResultStore]) -> Store:

@@ -315,6 +315,15 @@ class CacheDirectory:
                 " is paid again. Nothing was sent.",
             )
 
+        if (self.results / "layout").exists():
+            raise CacheError(
+                f"The results in {self.path} are those that hosts share, not a cache of its own.",
+                path=str(self.path),
+                hint="set ledger_dir (pllm.Config or POLARS_LLM_LEDGER_DIR) to a directory on a local disk,"
+                f" as the other hosts do. If none does so any more, remove {self.results / 'layout'}."
+                " Nothing was sent.",
+            )
+
     def _check_file_system(self) -> None:
         # Looking into the nearest directory that exists makes an automounter mount it.
         nearest = next(p for p in (self.path, *self.path.parents) if p.exists())

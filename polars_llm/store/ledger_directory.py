@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from polars_llm.errors import CacheCorrupt, CacheError, CacheUnsafe
-from polars_llm.store.directory import SHARED_MARK, CacheDirectory, write_atomic
+from polars_llm.store.directory import SHARED_MARK, CacheDirectory, os_errors, write_atomic
 from polars_llm.store.place import Place
 
 __all__ = ["LedgerDirectory", "default_ledger"]
@@ -65,6 +65,7 @@ Deleting it while jobs are open means paying again for what is not read back wit
             As of `CacheDirectory`; and the place cannot be reached or written, is empty though it was
             not, or is not the one that this directory belongs to.
         """
+        self._refuse_cache()
         super().prepare(anew=anew)
         # A mounted directory may be gone from one moment to the next.
         if self._reached and (self._place.path is None or (self._place.path / "results" / _MARK).exists()):
@@ -79,6 +80,29 @@ Deleting it while jobs are open means paying again for what is not read back wit
 
     def _refuse_ledger(self) -> None:
         """It may well be one."""
+
+    def _refuse_cache(self) -> None:
+        """A cache of its own has a ledger beside its answers, whose open jobs would be paid again."""
+        path = self._place.path
+        if path is None:
+            return
+        with os_errors(path):
+            if path.resolve() == self.path.resolve():
+                raise CacheError(
+                    f"cache_dir and ledger_dir are the same directory, {path}.",
+                    path=str(path),
+                    hint="leave ledger_dir out if it is this host's own cache; where hosts share the results,"
+                    " ledger_dir is another directory, on a local disk. Nothing was sent.",
+                )
+            if not (path / "jobs").is_dir() or not (path / "layout").is_file():
+                return
+        raise CacheError(
+            f"{path} is a cache of its own, with a ledger in it: its open jobs would be paid again.",
+            path=str(path),
+            hint="leave ledger_dir out to use it as before. To share its answers, and keep its jobs: move the"
+            f" .parquet files in {path / 'results'} to DIRECTORY/results of a new directory, and set"
+            f" cache_dir to DIRECTORY and ledger_dir to {path}. Nothing was sent.",
+        )
 
     def _known(self) -> str | None:
         mark = self.results / SHARED_MARK
@@ -123,6 +147,14 @@ Deleting it while jobs are open means paying again for what is not read back wit
                     path=self._place.name,
                     hint="set cache_dir to another place. Nothing was sent.",
                 )
+        if _MARK not in self._place.listed():
+            raise CacheUnsafe(
+                f"A file that is in {self._place.name} is not listed there: answers would not be found, and"
+                " paid again.",
+                path=self._place.name,
+                hint="if another host began to use this place within the last minute, run the same line"
+                " again; else set cache_dir to another place. Nothing was sent.",
+            )
         if not found.strip().isdigit():
             raise CacheCorrupt(
                 f"{self._place.name}/results/{_MARK} is damaged.",

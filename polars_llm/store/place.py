@@ -77,11 +77,20 @@ class Place:
 
     @property
     def identity(self) -> str:
-        """Tells one place from another, also where the environment says which server is meant."""
+        """Tells one place from another: bucket, prefix and server, whoever names the server.
+
+        Two spellings of one place have one ledger; with two, what is in flight would be paid twice.
+        """
+        if self.path is not None:
+            return self.name
+        address, _, _ = self.name.partition("?")
+        kind, options = address.partition("://")[0], options_of(self.name)
+        said = options.get("endpoint_override")
+        if said and "://" not in said:
+            said = f"{options.get('scheme', 'https')}://{said}"
         names = {"s3": ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL"), "az": ("AZURE_STORAGE_ACCOUNT_NAME",)}
-        found = [os.environ[n] for n in names.get(self.name.partition("://")[0], ()) if os.environ.get(n)]
-        said = "endpoint_override" in options_of(self.name) if self.path is None else True
-        return self.name if said or not found else f"{self.name} at {re.sub(r'//.*@', '//', found[0])}"
+        found = said or next((os.environ[n] for n in names.get(kind, ()) if os.environ.get(n)), None)
+        return f"{address} at {re.sub(r'//.*@', '//', found).rstrip('/')}" if found else address
 
     def listed(self) -> dict[str, Item]:
         """All files there now; empty if there are none, or the place was never used."""

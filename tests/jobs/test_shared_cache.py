@@ -252,6 +252,40 @@ def test_a_ledger_is_not_a_cache_and_a_cache_is_not_a_ledger(
         ask(str(tmp_path / "mount 2"), tmp_path / "ordinary")
 
 
+def test_one_directory_for_results_and_ledger_is_refused(provider: testing.Provider, tmp_path: Path) -> None:
+    (tmp_path / "link").symlink_to(tmp_path / "cache")
+    for ledger in ["cache", "link"]:
+        with pytest.raises(CacheError, match="the same directory"):
+            ask(str(tmp_path / "cache"), tmp_path / ledger)
+    assert provider.log() == []
+
+
+def test_a_cache_with_jobs_does_not_become_shared_by_a_ledger_beside_it(
+    provider: testing.Provider, tmp_path: Path
+) -> None:
+    with pllm.Config(cache_dir=tmp_path / "cache"), pytest.raises(JobsPending):
+        FRAME.llm.generate("prompt", model=MODEL)
+    with pytest.raises(
+        CacheError, match=r"(?s)open jobs would.*leave ledger_dir out.*cache_dir to DIRECTORY"
+    ):
+        ask(str(tmp_path / "cache"), tmp_path / "ledger")
+    # What the hint says.
+    (tmp_path / "new" / "results").mkdir(parents=True)
+    assert ask(str(tmp_path / "new"), tmp_path / "cache", on_pending="wait") == ANSWERS
+    assert provider.bill().duplicates == {}
+
+
+def test_a_shared_place_without_a_ledger_beside_it_is_not_a_cache(
+    provider: testing.Provider, tmp_path: Path
+) -> None:
+    with pytest.raises(JobsPending):
+        ask(str(tmp_path / "mount"), tmp_path / "ledger")
+    with pllm.Config(cache_dir=tmp_path / "mount"), pytest.raises(CacheError, match=r"(?s)share.*ledger_dir"):
+        FRAME.llm.generate("prompt", model=MODEL)
+    assert ask(str(tmp_path / "mount"), tmp_path / "ledger", on_pending="wait") == ANSWERS
+    assert provider.bill().duplicates == {}
+
+
 @pytest.mark.parametrize(
     "url",
     [
@@ -281,6 +315,25 @@ def test_half_a_url_is_not_a_directory() -> None:
         pllm.Config(cache_dir=Path("s3://bucket/prefix"))
     with pytest.raises(InvalidRequest, match="ledger_dir is a URL"):
         pllm.Config(ledger_dir="s3://bucket/prefix")
+    for text in ["s3:bucket/prefix", "S3:/bucket", "gs:bucket"]:
+        with pytest.raises(InvalidRequest, match="is no URL"):
+            pllm.Config(cache_dir=text)
+
+
+@pytest.mark.parametrize("prefix", ["./p", "a/../p", "a/.", "..", "%2E%2E/p", "a//p"])
+def test_a_prefix_that_is_written_elsewhere_than_listed_is_refused(prefix: str) -> None:
+    with pytest.raises(InvalidRequest, match="write the prefix out"):
+        pllm.Config(cache_dir=f"s3://bucket/{prefix}")
+
+
+def test_a_place_whose_list_does_not_show_what_is_in_it_sends_nothing(
+    quick: None, provider: testing.Provider, bucket: ObjectStore, tmp_path: Path
+) -> None:
+    """Answers that no list shows would be paid again by each evaluation."""
+    bucket.hide("layout")
+    with pytest.raises(CacheUnsafe, match="not listed"):
+        ask(bucket.url, tmp_path / "one")
+    assert provider.log() == []
 
 
 # --- everything else works with it -----------------------------------------------------------------------
@@ -295,6 +348,33 @@ def test_the_ledger_of_a_url_is_under_the_platforms_cache_directory(
     [ledger] = (tmp_path / "home" / "polars_llm_ledgers").iterdir()
     assert (ledger / "jobs" / "cache.db").exists()
     assert FRAME.llm.generate("prompt", model=MODEL)["response"].to_list() == ANSWERS
+
+
+def test_two_spellings_of_an_address_have_one_ledger(
+    provider: testing.Provider, bucket: ObjectStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else what is in flight would be paid twice."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "home"))
+    plain, host = bucket.url.partition("?")[0], bucket.address.removeprefix("http://")
+    spelled = [
+        bucket.url,
+        f"{bucket.url}/",
+        f"{bucket.url}&region=eu-west-1",
+        f"{plain}/?scheme=http&endpoint_override={host}",
+        plain.replace("s3://", "S3A://"),
+    ]
+    provider.fault("batch-seconds", seconds=600)
+    for url in spelled:
+        with monkeypatch.context() as context, pllm.Config(cache_dir=url):
+            if "?" not in url:
+                context.setenv("AWS_ENDPOINT_URL", f"{bucket.address}/")
+            assert FRAME.llm.estimate("prompt", model=MODEL)["to_send"].to_list() == [
+                len(ANSWERS) if url == bucket.url else 0
+            ]
+            with pytest.raises(JobsPending):
+                FRAME.llm.generate("prompt", model=MODEL)
+    assert len(provider.batches()) == 1
+    assert len(list((tmp_path / "home" / "polars_llm_ledgers").iterdir())) == 1
 
 
 def test_operating_on_a_shared_cache(
