@@ -96,6 +96,7 @@ def test_what_changes_no_answer_changes_no_key(same: pllm.VLLM) -> None:
         pllm.VLLM("org/name", quantization="fp8"),
         pllm.VLLM("org/name", raw=True),
         pllm.VLLM("org/name", engine={"max_model_len": 2048}),
+        pllm.VLLM("org/name", engine={"tokenizer": "org/another"}),
         pllm.VLLM("org/name", engine={"a_setting_of_tomorrow": 1}),
     ],
     ids=repr,

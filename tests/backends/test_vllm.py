@@ -13,14 +13,29 @@ from polars_llm.request import Requests
 from polars_llm.schema import freeze
 
 
+def rows_of(texts: list[str]) -> pl.DataFrame:
+    return pl.DataFrame({"key": [bytes([i]) * 32 for i in range(len(texts))], "prompt": texts}).with_columns(
+        attempt=pl.lit(1), kind=pl.lit("t"), system=pl.lit(None, pl.String), sample=pl.lit(0)
+    )
+
+
+def test_texts_to_embed_of_about_one_length_are_together() -> None:
+    """Builds that pad a batch to its longest text compute what is padded."""
+    model, _, _ = pllm.VLLM("org/name", vector_length=8).embedding(None)
+    backend = model.backend()
+    texts = ["x" * (1 + i * 37 % 200) for i in range(100)]
+    requests = Requests(backend.header(Options()), rows_of(texts))
+    lengths = [len(str(ask.prompt)) for pack in backend._packs(requests) for ask in pack]
+    assert sorted(lengths) == sorted(map(len, texts))
+    assert lengths == sorted(lengths, reverse=True)
+
+
 def test_where_answers_grow_with_prompts_the_longest_come_first() -> None:
     backend = pllm.VLLM("org/name").backend()
     assert isinstance(backend, Learns)
     header = backend.header(Options())
     texts = [chr(97 + i) * (20 * i + 10) for i in range(20)]
-    frame = pl.DataFrame({"key": [bytes([i]) * 32 for i in range(20)], "prompt": texts}).with_columns(
-        attempt=pl.lit(1), kind=pl.lit("t"), system=pl.lit(None, pl.String), sample=pl.lit(0)
-    )
+    frame = rows_of(texts)
     earlier = pl.LazyFrame(
         {"input_tokens": range(300), "output_tokens": [i * i for i in range(300)]}
     ).with_columns(provider=pl.lit("vllm"), model=pl.lit(backend._shown), state=pl.lit(DONE))
