@@ -370,7 +370,7 @@ def test_nothing_costs_more_than_the_bound(
         provider=model[0],
         model=model[1],
         mode=mode,
-        cache_control=True,
+        body={"cache_control": {"type": "ephemeral"}},
     )
     if bound is None:  # embeddings: output has no price
         assert usage["output_tokens"].sum() + slack > 0
@@ -399,7 +399,115 @@ def test_anthropic_writes_only_on_request() -> None:
     told = {"provider": "anthropic", "model": "claude-sonnet-5-5", "mode": "batch"}
     sizes = pl.Series([1_000_000])
     assert upper_bound_usd(sizes, 0, **told) == pytest.approx(1)
-    assert upper_bound_usd(sizes, 0, cache_control=True, **told) == pytest.approx(2)
+    mark = {"type": "ephemeral", "ttl": "1h"}
+    for body in ({"cache_control": mark}, {"tools": [{"name": "f", "cache_control": mark}]}):
+        assert upper_bound_usd(sizes, 0, body=body, **told) == pytest.approx(2)
+
+
+# What a request or a reply says that changes its price
+
+
+def _tiered(*tiers: str | None, output: int = 10) -> pl.DataFrame:
+    usage = pl.concat([_one(1000, output)] * len(tiers))
+    return usage.with_columns(service_tier=pl.Series(tiers, dtype=pl.String))
+
+
+def test_each_reply_is_priced_at_the_tier_that_it_names() -> None:
+    # gpt-6-luna, realtime, USD per million: 0.10 in and 0.50 out; flex is half of it, priority twice.
+    usage = _tiered("default", "flex", None, "priority", "on_demand", "fast", "scale")
+    spent = cost_usd(usage, provider="openai", model="gpt-6-luna", mode="realtime").to_list()
+    standard = (1000 * 0.1 + 10 * 0.5) / 1e6
+    known = [standard, standard / 2, standard, standard * 2, standard, standard * 2]
+    assert spent[:-1] == pytest.approx(known)
+    assert spent[-1] is None  # bought in advance
+
+
+@pytest.mark.parametrize("tier", ["flex", "priority", "fast"])
+def test_a_tier_costs_what_the_library_says(tier: str) -> None:
+    for provider, model in BUNDLED:
+        if provider != "openai":
+            continue
+        usage = Usage(input_tokens=1000, output_tokens=10)
+        standard = calc_price(usage, model, provider_id=provider)
+        if standard.model_price.input_mtok is None or standard.model_price.output_mtok is None:
+            continue
+        tiered = calc_price(usage, model, provider_id=provider, price_context={"service_tier": tier})
+        unlisted = all(getattr(tiered.model_price, u) == getattr(standard.model_price, u) for u in UNITS)
+        ours = _cost(_tiered(tier), provider, model, "realtime")
+        _same([ours], [None if unlisted else float(tiered.total_price)])
+
+
+def test_a_batch_has_no_tier() -> None:
+    usage = _tiered("priority", "flex", None)
+    spent = cost_usd(usage, provider="openai", model="gpt-6-luna", mode="batch").to_list()
+    assert spent == pytest.approx([(1000 * 0.05 + 10 * 0.25) / 1e6] * 3)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_inference_in_the_united_states_costs_a_tenth_more(mode: Mode) -> None:
+    geos = [None, "global", "not_available", "us", "mars"]
+    usage = pl.concat([_one(1000, 10)] * len(geos)).with_columns(inference_geo=pl.Series(geos))
+    told: dict[str, Any] = {"provider": "anthropic", "model": "claude-sonnet-5-5", "mode": mode}
+    first, *others = cost_usd(usage, **told).to_list()
+    assert others == [first, first, pytest.approx(first * 1.1), None]
+    bound = upper_bound_usd(pl.Series([1000]), 10, **told)
+    assert bound is not None
+    for body, share in (({"inference_geo": "us"}, 1.1), ({"inference_geo": "global"}, 1.0)):
+        assert upper_bound_usd(pl.Series([1000]), 10, body=body, **told) == pytest.approx(bound * share)
+
+
+def test_own_prices_hold_for_every_tier_and_region() -> None:
+    own = Prices(input=1, output=5)
+    usage = _tiered("priority", "scale").with_columns(inference_geo=pl.lit("us"))
+    spent = cost_usd(usage, provider="openai", model="x", mode="realtime", prices=own)
+    assert spent.to_list() == pytest.approx([1050 / 1e6] * 2)
+
+
+def test_the_bound_of_a_dear_tier_is_dear_and_of_a_cheap_one_is_not_cheap() -> None:
+    told: dict[str, Any] = {"provider": "openai", "model": "gpt-6-luna", "mode": "realtime"}
+    sizes = pl.Series([1000, 300_000])
+
+    def bound(body: dict[str, Any], **more: Any) -> float | None:
+        return upper_bound_usd(sizes, 10, body=body, **{**told, **more})
+
+    standard = bound({})
+    assert standard is not None
+    assert bound({"service_tier": "priority"}) == pytest.approx(2 * standard)
+    assert bound({"service_tier": "flex"}) == standard  # what is full is served as the standard one
+    assert bound({"service_tier": "auto"}) == standard
+    assert bound({"service_tier": "scale"}) is None
+    batch = bound({}, mode="batch")
+    assert bound({"service_tier": "priority"}, mode="batch") == batch
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        {"tools": [{"type": "web_search_20250305", "name": "web_search"}]},
+        {"tools": [{"type": "function", "function": {"name": "f"}}, {"type": "web_search"}]},
+        {"tools": {"type": "function"}},
+        {"tools": [{"type": ["function"]}]},
+        {"web_search_options": {"search_context_size": "low"}},
+        {"mcp_servers": [{"url": "https://example.com"}]},
+    ],
+)
+def test_tools_that_the_provider_runs_have_no_bound(body: dict[str, Any]) -> None:
+    told: dict[str, Any] = {"provider": "openai", "model": "gpt-6-luna", "mode": "batch"}
+    assert upper_bound_usd(pl.Series([10]), 10, body=body, **told) is None
+    assert upper_bound_usd(pl.Series([10]), 10, body=body, prices=Prices(1, 5), **told) is None
+
+
+def test_tools_of_the_caller_have_one() -> None:
+    body = {"tools": [{"type": "function", "function": {"name": "f"}}, {"name": "g", "input_schema": {}}]}
+    told: dict[str, Any] = {"provider": "openai", "model": "gpt-6-luna", "mode": "batch"}
+    plain = upper_bound_usd(pl.Series([10]), 10, **told)
+    assert upper_bound_usd(pl.Series([10]), 10, body=body, **told) == plain
+
+
+def test_columns_without_a_price_keep_their_height() -> None:
+    for usage in (_tiered("flex", "flex"), _tiered("flex").clear(), _one(1).clear()):
+        spent = cost_usd(usage, provider="openai", model="no-such-model", mode="realtime")
+        assert spent.to_list() == [None] * usage.height
 
 
 def test_a_bound_needs_limits_and_counts() -> None:

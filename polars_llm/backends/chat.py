@@ -12,7 +12,7 @@ from polars_llm.answer import DONE
 from polars_llm.backends import lines
 from polars_llm.backends.base import Options
 from polars_llm.backends.lines import merged, not_read, read_error
-from polars_llm.backends.replies import Reply
+from polars_llm.backends.replies import Reply, word
 from polars_llm.images import Image, Link, of_rows, with_parts
 from polars_llm.request import Json, RequestHeader, Requests
 
@@ -118,6 +118,7 @@ class _Chat(msgspec.Struct):
     choices: list[_Choice]
     model: str | None = None
     usage: _Usage | None = None
+    service_tier: Any = None
 
 
 _chat_decoder = msgspec.json.Decoder(_Chat)
@@ -152,6 +153,7 @@ def _answered(chat: _Chat, choice: _Choice, raw: bytes) -> Reply:
         "cached_input_tokens": details.cached_tokens,
         "cache_write_tokens": details.cache_write_tokens,
         "output_tokens": usage.completion_tokens,
+        "service_tier": word(chat.service_tier),
         "model": chat.model,
         "body": raw,
     }

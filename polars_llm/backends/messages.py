@@ -15,7 +15,7 @@ import polars as pl
 
 from polars_llm.answer import DONE
 from polars_llm.backends.base import Options
-from polars_llm.backends.replies import Reply, decoded, failed, never_ran, rows
+from polars_llm.backends.replies import Reply, decoded, failed, never_ran, rows, word
 from polars_llm.errors import InvalidRequest
 from polars_llm.images import Image, Link, of_rows, with_parts
 from polars_llm.request import Json, RequestHeader, Requests, canonical, custom_ids
@@ -279,11 +279,18 @@ class _StopDetails(msgspec.Struct):
     explanation: str | None = None
 
 
+class _CacheWrites(msgspec.Struct):
+    ephemeral_1h_input_tokens: int | None = None
+
+
 class _Usage(msgspec.Struct):
     input_tokens: int | None = None
     output_tokens: int | None = None
     cache_creation_input_tokens: int | None = None
     cache_read_input_tokens: int | None = None
+    cache_creation: _CacheWrites | None = None
+    service_tier: Any = None
+    inference_geo: Any = None
 
 
 class _Message(msgspec.Struct):
@@ -394,7 +401,10 @@ def _answered(message: _Message, raw: bytes) -> Reply:
         "input_tokens": _input_tokens(usage),
         "cached_input_tokens": usage.cache_read_input_tokens,
         "cache_write_tokens": usage.cache_creation_input_tokens,
+        "cache_write_1h_tokens": (usage.cache_creation or _CacheWrites()).ephemeral_1h_input_tokens,
         "output_tokens": usage.output_tokens,
+        "service_tier": word(usage.service_tier),
+        "inference_geo": word(usage.inference_geo),
         "model": message.model,
         "body": raw,
     }

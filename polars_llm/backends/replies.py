@@ -22,6 +22,7 @@ __all__ = [
     "frame",
     "never_ran",
     "rows",
+    "word",
 ]
 
 Reply: TypeAlias = dict[str, Any]
@@ -35,11 +36,15 @@ REPLY_SCHEMA: Mapping[str, pl.DataType] = {
     "finish_reason": pl.String(),
     "input_tokens": pl.Int64(),
     "cached_input_tokens": pl.Int64(),
-    "cache_write_tokens": pl.Int64(),  # priced, not kept: the raw reply has it
     "output_tokens": pl.Int64(),
     "model": pl.String(),
     "body": pl.Binary(),
     "vector": pl.List(pl.Float32()),
+    # Priced, not kept: the raw reply has them.
+    "cache_write_tokens": pl.Int64(),
+    "cache_write_1h_tokens": pl.Int64(),
+    "service_tier": pl.String(),
+    "inference_geo": pl.String(),
 }
 
 STOPPED = pl.DataFrame()
@@ -122,6 +127,11 @@ def after_ctrl_c(rest: Callable[[], pl.DataFrame]) -> Iterator[pl.DataFrame]:
             continue
         yield block
         return
+
+
+def word(value: Any) -> str | None:
+    """A field that hosts fill freely, and that must not make a reply unreadable."""
+    return value if isinstance(value, str) else None
 
 
 def failed(status: int | None, kind: str, message: Any, raw: bytes) -> Reply:

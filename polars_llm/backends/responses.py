@@ -18,7 +18,7 @@ from polars_llm.answer import DONE
 from polars_llm.backends import lines
 from polars_llm.backends.base import Options
 from polars_llm.backends.lines import merged, not_read, read_error
-from polars_llm.backends.replies import Reply, failed
+from polars_llm.backends.replies import Reply, failed, word
 from polars_llm.errors import InvalidRequest
 from polars_llm.images import Image, Link, of_rows, with_parts
 from polars_llm.request import Json, RequestHeader, Requests
@@ -162,6 +162,7 @@ class _Response(msgspec.Struct):
     incomplete_details: _Incomplete | None = None
     model: str | None = None
     usage: _Usage | None = None
+    service_tier: Any = None
 
 
 _decoder = msgspec.json.Decoder(_Response)
@@ -200,6 +201,7 @@ def _answered(response: _Response, raw: bytes) -> Reply:
         "cached_input_tokens": details.cached_tokens,
         "cache_write_tokens": details.cache_write_tokens,
         "output_tokens": usage.output_tokens,
+        "service_tier": word(response.service_tier),
         "model": response.model,
         "body": raw,
     }

@@ -209,8 +209,11 @@ def _tokens(verb: Verb, new: Requests, usage: _Usage) -> dict[str, object]:
 def _expected(verb: Verb, tokens: pl.Series, output: float | None) -> float | None:
     if output is None:
         return None
+    asked = {name: verb.header.body.get(name) for name in ("service_tier", "inference_geo")}
     usage = pl.DataFrame({"input_tokens": tokens.cast(pl.Int64)}).with_columns(
-        cached_input_tokens=pl.lit(0, pl.Int64), output_tokens=pl.lit(math.ceil(output), pl.Int64)
+        cached_input_tokens=pl.lit(0, pl.Int64),
+        output_tokens=pl.lit(math.ceil(output), pl.Int64),
+        **{name: pl.lit(None if value is None else str(value), pl.String) for name, value in asked.items()},
     )
     price = cost_usd(
         usage,

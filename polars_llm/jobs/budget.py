@@ -63,6 +63,7 @@ def bound(
         mode="batch" if is_batch(backend) else "realtime",
         prices=backend.prices,
         base_url=backend.base_url,
+        body=header.body,
     )
 
 
@@ -124,7 +125,8 @@ def _reserved(job: Job) -> float | None:
         return 0.0
     if job.cost_max_usd is not None:
         return job.cost_max_usd
-    # It was made while there was no limit. As if all its text were one request: the highest rate.
+    # It was made while there was no limit. As if all its text were one request, and all of it were
+    # written to the provider's cache: the highest rate.
     return upper_bound_usd(
         input_tokens=pl.Series([job.size_bytes]),
         output_tokens_max=None if job.output_tokens_max is None else job.output_tokens_max * job.requests,
@@ -132,6 +134,7 @@ def _reserved(job: Job) -> float | None:
         model=job.model,
         mode="batch" if job.mode == "batch" else "realtime",
         base_url=job.base_url,
+        body={"cache_control": True},
     )
 
 
@@ -157,8 +160,8 @@ def _compare(cost: float | None, reserved: float | None, limit: float, what: str
             max_cost=limit,
             reserved_usd=reserved or 0.0,
             hint="set max_tokens (an answer without a limit has no price limit), give the model's prices"
-            " (pllm.OpenAI(NAME, prices=pllm.Prices(...))), or leave max_cost out (images have no bound)."
-            " Nothing was sent.",
+            " (pllm.OpenAI(NAME, prices=pllm.Prices(...))), or leave max_cost out (images, and tools that the"
+            " provider runs, have no bound). Nothing was sent.",
         )
     if cost + reserved <= limit:
         return

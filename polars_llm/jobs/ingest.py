@@ -26,6 +26,8 @@ __all__ = ["answered", "best", "blame_account", "fetch", "ingest", "keep", "pric
 _DOWNLOADS = 3
 _PAUSE = 0.5
 _GONE = {404, 410}
+_PARTS_OF_INPUT = ("cached_input_tokens", "cache_write_tokens", "cache_write_1h_tokens")
+_BILLED = ("input_tokens", *_PARTS_OF_INPUT, "output_tokens", "service_tier", "inference_geo")
 
 
 def ingest(job: Job, status: BatchStatus, backend: BatchBackend, store: Store) -> Job:
@@ -126,11 +128,10 @@ def priced(
     answers: pl.DataFrame, model: str, base_url: str | None, backend: BatchBackend | LiveBackend
 ) -> pl.DataFrame:
     """Answers with what each cost; null where that is not known, and for failures: they are not billed."""
-    counts = ("input_tokens", "cached_input_tokens", "cache_write_tokens", "output_tokens")
-    if not set(counts) <= set(answers.columns) or "cost_usd" in answers.columns:
+    if not set(_BILLED) <= set(answers.columns) or "cost_usd" in answers.columns:
         return answers  # nothing was answered, or whoever answered says what it cost
     cost = cost_usd(
-        answers.select("input_tokens", pl.col(counts[1:3]).fill_null(0), "output_tokens"),
+        answers.select(_BILLED).with_columns(pl.col(_PARTS_OF_INPUT).fill_null(0)),
         provider=backend.provider,
         model=model,
         mode="batch" if is_batch(backend) else "realtime",

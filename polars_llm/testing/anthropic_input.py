@@ -58,12 +58,23 @@ def read_anthropic(
 
 
 def cached_prefix(request: ModelRequest) -> str:
-    """The text up to the system prompt's last cache mark; empty if it has none."""
+    """The text up to the last cache mark of system prompt or request; empty if there is none."""
+    if request.body.get("cache_control"):
+        return (request.system or "") + request.prompt
+    blocks = _system_blocks(request)
+    marks = [place for place, block in enumerate(blocks) if block.get("cache_control")]
+    return "".join(block["text"] for block in blocks[: marks[-1] + 1]) if marks else ""
+
+
+def cached_for(request: ModelRequest) -> str:
+    """How long what is marked is kept: "5m" or "1h"."""
+    marks = [holder.get("cache_control") for holder in (*_system_blocks(request), request.body)]
+    return next((mark.get("ttl", "5m") for mark in reversed(marks) if mark), "5m")
+
+
+def _system_blocks(request: ModelRequest) -> list[dict[str, Any]]:
     system = request.body.get("system")
-    if not isinstance(system, list):
-        return ""
-    marks = [place for place, block in enumerate(system) if block.get("cache_control")]
-    return "".join(block["text"] for block in system[: marks[-1] + 1]) if marks else ""
+    return system if isinstance(system, list) else []
 
 
 def _check_limit(params: dict[str, Any], most: int) -> None:

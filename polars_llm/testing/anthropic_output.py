@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from typing import Any
 
-from .anthropic_input import cached_prefix
+from .anthropic_input import cached_for, cached_prefix
 from .dialogue import Failure, ModelRequest, Reply, Usage, count_tokens
 from .openai_output import new_id
 
@@ -78,13 +78,18 @@ def _usage(request: ModelRequest, usage: Usage, *, prefix_known: bool) -> dict[s
     prefix = count_tokens(cached_prefix(request))
     read = usage.cached_tokens or (prefix if prefix_known else 0)
     written = usage.cache_write_tokens or (0 if prefix_known else prefix)
+    hour = cached_for(request) == "1h"
     thinks = (request.body.get("thinking") or {}).get("type") in ("adaptive", "enabled")
     return {
         "input_tokens": max(0, usage.input_tokens - read - written),
         "cache_creation_input_tokens": written,
         "cache_read_input_tokens": read,
-        "cache_creation": {"ephemeral_5m_input_tokens": written, "ephemeral_1h_input_tokens": 0},
+        "cache_creation": {
+            "ephemeral_5m_input_tokens": 0 if hour else written,
+            "ephemeral_1h_input_tokens": written if hour else 0,
+        },
         "output_tokens": usage.output_tokens,
         "output_tokens_details": {"thinking_tokens": usage.reasoning_tokens} if thinks else None,
         "service_tier": "batch" if request.mode == "batch" else "standard",
+        "inference_geo": request.body.get("inference_geo") or "global",
     }

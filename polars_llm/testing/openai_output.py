@@ -74,9 +74,15 @@ def _chat(request: ModelRequest, reply: Reply, usage: Usage) -> dict[str, Any]:
                 "rejected_prediction_tokens": 0,
             },
         },
-        "service_tier": "default",
+        "service_tier": _tier(request),
         "system_fingerprint": None,
     }
+
+
+def _tier(request: ModelRequest) -> str:
+    """The tier that was asked for; a batch has none, and what is left to the project is the standard one."""
+    asked = request.body.get("service_tier")
+    return "default" if request.mode == "batch" or asked in (None, "auto") else str(asked)
 
 
 def _chat_tool(tool: ToolCall) -> dict[str, Any]:
@@ -116,7 +122,7 @@ def _responses(request: ModelRequest, reply: Reply, usage: Usage) -> dict[str, A
         "truncation": "disabled",
         "user": None,
         "metadata": body.get("metadata") or {},
-        "service_tier": "default",
+        "service_tier": _tier(request),
         "usage": {
             "input_tokens": usage.input_tokens,
             "input_tokens_details": {

@@ -316,10 +316,32 @@ def test_an_answer() -> None:
         "input_tokens": 129,  # cached tokens are billed input too, and counted beside it
         "cached_input_tokens": 20,
         "cache_write_tokens": 100,
+        "cache_write_1h_tokens": None,
+        "service_tier": "batch",
+        "inference_geo": None,
         "output_tokens": 4,
         "model": "m-2026",
         "vector": None,
     }
+
+
+def test_what_else_has_a_price() -> None:
+    usage = {
+        "input_tokens": 1,
+        "output_tokens": 1,
+        "cache_creation_input_tokens": 7,
+        "cache_creation": {"ephemeral_5m_input_tokens": 5, "ephemeral_1h_input_tokens": 2},
+        "inference_geo": "us",
+    }
+    answer = only(succeeded(message(text("a"), usage=usage)))
+    assert (answer["cache_write_tokens"], answer["cache_write_1h_tokens"]) == (7, 2)
+    assert answer["inference_geo"] == "us"
+
+
+def test_a_strange_tier_or_region_does_not_make_an_answer_unreadable() -> None:
+    usage = {"input_tokens": 1, "output_tokens": 1, "service_tier": {"a": 1}, "inference_geo": 5}
+    answer = only(succeeded(message(text("a"), usage=usage)))
+    assert (answer["text"], answer["service_tier"], answer["inference_geo"]) == ("a", None, None)
 
 
 THINKING = {"type": "thinking", "thinking": "Hm.", "signature": "s"}

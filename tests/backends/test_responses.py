@@ -150,6 +150,7 @@ def test_an_answer() -> None:
         "finish_reason": "stop",
         "input_tokens": 9,
         "cached_input_tokens": 2,
+        "service_tier": None,
         "cache_write_tokens": 3,
         "output_tokens": 4,
         "model": "m-2026",

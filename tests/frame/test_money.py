@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
 import datetime
 import subprocess
 import sys
-from typing import Any
+from collections.abc import Callable, Iterator
+from typing import Any, Literal
 
 import polars as pl
 import pytest
+from genai_prices.data import providers
+from genai_prices.data_snapshot import DataSnapshot, set_custom_snapshot
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -176,6 +180,83 @@ def test_wrong_amounts(provider: testing.Provider, value: Any) -> None:
         asked(frame(2), max_cost=value)
     with pytest.raises(pllm.InvalidRequest, match="max_cost"):
         pllm.Config(max_cost=value)
+
+
+# --- what else changes a price ------------------------------------------------------------------------
+
+
+@pytest.fixture
+def list_prices() -> Iterator[Callable[[str], None]]:
+    """Let the bundled prices of a provider hold for the local one."""
+
+    def here(name: str) -> None:
+        known = next(p for p in providers if p.id == name)
+        local = dataclasses.replace(known, api_pattern=r"http://127\.0\.0\.1")
+        set_custom_snapshot(DataSnapshot([local], from_auto_update=False))
+
+    yield here
+    set_custom_snapshot(None)
+
+
+def costs(frame: pl.DataFrame) -> tuple[float, int, int]:
+    """USD, input and output tokens of all answers."""
+    full = frame["response"].struct.unnest()
+    assert full["cost_usd"].null_count() == 0
+    return full["cost_usd"].sum(), full["input_tokens"].sum(), full["output_tokens"].sum()
+
+
+@pytest.mark.parametrize(("tier", "factor"), [("flex", 0.5), ("priority", 2.0), ("default", 1.0)])
+@pytest.mark.parametrize("endpoint", ["chat", "responses"])
+def test_a_tier_has_its_price(
+    provider: testing.Provider,
+    list_prices: Callable[[str], None],
+    tier: str,
+    factor: float,
+    endpoint: Literal["chat", "responses"],
+) -> None:
+    list_prices("openai")
+    rows = frame(5).head(5)
+    how = {
+        "model": pllm.OpenAI("gpt-6-luna", endpoint=endpoint),
+        "mode": "realtime",
+        "params": {"service_tier": tier},
+        "output": "full",
+    }
+    before = estimated(rows, **how)
+    # gpt-6-luna: 0.10 USD a million tokens in, 0.50 out.
+    expected = (before["input_tokens"] * 0.1 + before["output_tokens_max"] * 0.5) / 1e6 * factor
+    assert before["cost_usd"] == pytest.approx(expected)
+    spent, taken, given = costs(asked(rows, max_cost=before["cost_usd_max"], **how))
+    assert spent == pytest.approx((taken * 0.1 + given * 0.5) / 1e6 * factor)
+    assert spent <= before["cost_usd_max"]
+
+
+def test_cache_writes_for_an_hour_and_a_region_have_their_price(
+    provider: testing.Provider, list_prices: Callable[[str], None]
+) -> None:
+    list_prices("anthropic")
+    rows = frame(5).head(5)
+    how = {
+        "model": "anthropic/claude-sonnet-5-5",
+        "params": {"cache_control": {"type": "ephemeral", "ttl": "1h"}, "inference_geo": "us"},
+        "output": "full",
+        "on_pending": "wait",
+    }
+    before = estimated(rows, **how)
+    plain = estimated(rows, **{**how, "params": {}})
+    assert before["cost_usd_max"] > 1.5 * plain["cost_usd_max"]
+    with pytest.raises(pllm.BudgetExceeded):
+        asked(rows, max_cost=plain["cost_usd_max"], **how)
+    spent, taken, given = costs(asked(rows, max_cost=before["cost_usd_max"], **how))
+    # claude-sonnet-5-5 in a batch: 1 USD a million tokens in, 2 written for an hour, 5 out.
+    assert spent == pytest.approx(1.1 * (taken * 2 + given * 5) / 1e6)
+
+
+def test_tools_that_the_provider_runs_are_refused_where_there_is_a_limit(provider: testing.Provider) -> None:
+    search = {"tools": [{"type": "web_search_20250305", "name": "web_search"}]}
+    with pytest.raises(pllm.BudgetExceeded, match="not known"):
+        asked(frame(2), params=search, max_cost=100)
+    assert provider.log() == []
 
 
 # --- the budget of the cache --------------------------------------------------------------------------
