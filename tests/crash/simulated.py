@@ -181,7 +181,8 @@ class Process:
 
     def forget(self) -> None:
         """Another process takes its place: all that it knows is on the disk."""
-        store._open.pop((os.getpid(), self.cache), None)
+        for name in [name for name, known in store._open.items() if known.directory.path == self.cache]:
+            del store._open[name]
 
     # --- in the thread ---------------------------------------------------------------------------------
 

@@ -38,7 +38,8 @@ from hypothesis.stateful import (
 )
 
 import polars_llm as pllm
-from polars_llm import operate
+from polars_llm import config, operate
+from polars_llm.store import open_store
 from tests.crash.simulated import Doors, Killed, Process
 from tests.crash.world import MODELS, World, faults_of, worlds
 
@@ -288,6 +289,25 @@ class Interleaving(RuleBasedStateMachine):
 def world(request: pytest.FixtureRequest, figures: Counter[str], tmp_path: Path) -> Iterator[World]:
     with worlds(request.param, figures, tmp_path) as world:
         yield world
+
+
+def test_nobody_knows_what_a_dead_process_knew(tmp_path: Path) -> None:
+    doors = Doors(tmp_path)
+    process = Process(doors, tmp_path / "cache")
+    known = []
+
+    def use() -> None:
+        known.append(open_store(*config.settings().cache))
+        known[-1].directory.prepare()
+
+    with doors.installed():
+        process.begin(use, die_at=None, stop_at=None)
+        shutil.rmtree(process.cache / "spool")  # so that there is something to write
+        with pytest.raises(Killed):
+            process.begin(use, die_at=1, stop_at=None)
+        process.begin(use, die_at=None, stop_at=None)
+    process.forget()
+    assert [store is known[0] for store in known] == [True, True, False]
 
 
 @pytest.mark.parametrize("world", MODELS, indirect=True)
