@@ -222,7 +222,11 @@ class Tracer:
 
             def close(self) -> None:
                 # The last one that closes writes the log back into the file.
-                tracer._event(f"close {kind}", super().close, kind)
+                try:
+                    tracer._event(f"close {kind}", super().close, kind)
+                except BaseException:
+                    super().close()  # whoever only plays dead leaves no file open
+                    raise
 
         return Connection
 
