@@ -12,7 +12,7 @@ from polars_llm.answer import DONE
 from polars_llm.backends import lines
 from polars_llm.backends.base import Options
 from polars_llm.backends.lines import merged, not_read, read_error
-from polars_llm.backends.replies import Reply, word
+from polars_llm.backends.replies import Reply, decode, word
 from polars_llm.images import Image, Link, of_rows, with_parts
 from polars_llm.request import Json, RequestHeader, Requests
 
@@ -129,9 +129,9 @@ def read_reply(status: int, raw: bytes) -> Reply:
     if status != 200:
         return read_error(status, raw)
     try:
-        chat = _chat_decoder.decode(raw)
+        chat = decode(raw, _chat_decoder)
         choice = chat.choices[0]
-    except (msgspec.DecodeError, IndexError):
+    except (msgspec.DecodeError, UnicodeDecodeError, IndexError):
         return not_read("a chat completion", raw)
     return _answered(chat, choice, raw)
 

@@ -10,7 +10,7 @@ import msgspec
 import polars as pl
 
 from polars_llm.backends.base import Options
-from polars_llm.backends.replies import Reply, decoded, failed, never_ran, rows
+from polars_llm.backends.replies import Reply, decode, decoded, failed, never_ran, rows
 from polars_llm.errors import InvalidRequest
 from polars_llm.request import Json, RequestHeader, Requests, canonical, custom_ids
 
@@ -102,6 +102,7 @@ class _ErrorBody(msgspec.Struct):
 
 _error_decoder = msgspec.json.Decoder(_ErrorBody)
 _line_decoder = msgspec.json.Decoder(_Line)
+_text_decoder = msgspec.json.Decoder(str)
 
 # Codes of lines that never ran; sent again by themselves, alone, a bounded number of times.
 _NEVER_RAN = {"batch_expired": "expired", "batch_cancelled": "cancelled"}
@@ -116,7 +117,7 @@ def parse(lines: Iterable[bytes], read_reply: Callable[[int, bytes], Reply]) -> 
             return _failed(None, str(error.code or error.type or "unknown"), error.message, b"")
         raw = bytes(line.response.body)
         if raw.startswith(b'"'):  # some hosts put the body in as a JSON string
-            raw = msgspec.json.decode(raw, type=str).encode()
+            raw = decode(raw, _text_decoder).encode()
         return read_reply(line.response.status_code, raw)
 
     return rows(lines, _line_decoder, read)
@@ -132,7 +133,7 @@ def custom_ids_of(path: Path) -> Iterator[str]:
 def read_error(status: int, raw: bytes) -> Reply:
     """A reply whose status is not 200."""
     try:
-        error = _error_decoder.decode(raw).error
+        error = decode(raw, _error_decoder).error
     except (msgspec.DecodeError, UnicodeDecodeError):
         error = None
     if not isinstance(error, _Failure):

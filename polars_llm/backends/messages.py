@@ -15,7 +15,7 @@ import polars as pl
 
 from polars_llm.answer import DONE
 from polars_llm.backends.base import Options
-from polars_llm.backends.replies import Reply, decoded, failed, never_ran, rows, word
+from polars_llm.backends.replies import Reply, decode, decoded, failed, never_ran, rows, word
 from polars_llm.errors import InvalidRequest
 from polars_llm.images import Image, Link, of_rows, with_parts
 from polars_llm.request import Json, RequestHeader, Requests, canonical, custom_ids
@@ -353,15 +353,15 @@ def read_reply(status: int, raw: bytes) -> Reply:
         kind = error_kind(failure.type, failure.code, failure.message)
         return failed(status, kind or f"http_{status}", failure.message, raw)
     try:
-        message = _message_decoder.decode(raw)
-    except msgspec.DecodeError:
+        message = decode(raw, _message_decoder)
+    except (msgspec.DecodeError, UnicodeDecodeError):
         return failed(422, "unreadable_reply", "the reply is not a message", raw)
     return _answered(message, raw)
 
 
 def _failure_of(raw: bytes) -> _Failure:
     try:
-        error = _error_decoder.decode(raw).error
+        error = decode(raw, _error_decoder).error
     except (msgspec.DecodeError, UnicodeDecodeError):
         error = None
     if isinstance(error, _Failure):

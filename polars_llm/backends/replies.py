@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Protocol, TypeAlias, TypeVar
 
@@ -17,6 +18,7 @@ __all__ = [
     "STOPPED",
     "Reply",
     "after_ctrl_c",
+    "decode",
     "decoded",
     "failed",
     "frame",
@@ -59,6 +61,31 @@ class _Named(Protocol):
 
 
 L = TypeVar("L", bound=_Named)
+T = TypeVar("T")
+
+
+# A pair of surrogates, half of one, or any other escape of JSON.
+_ESCAPE = re.compile(rb"\\(?:(u[dD][89abAB]..\\u[dD][c-fC-F])|(u[dD][89a-fA-F]..)|.)", re.DOTALL)
+
+
+def decode(raw: bytes, decoder: msgspec.json.Decoder[T]) -> T:
+    """JSON of the right shape; what is no Unicode text in it becomes U+FFFD.
+
+    A model that stops in the middle of an emoji leaves half of a surrogate pair, which JSON can say and
+    no String can hold. The answer is paid for all the same.
+
+    Raises
+    ------
+    msgspec.DecodeError, UnicodeDecodeError
+        It is something else.
+    """
+    try:
+        return decoder.decode(raw)
+    except msgspec.ValidationError:
+        raise
+    except (msgspec.DecodeError, UnicodeDecodeError):
+        text = raw.decode(errors="replace").encode()
+        return decoder.decode(_ESCAPE.sub(lambda found: rb"\ufffd" if found[2] else found[0], text))
 
 
 def decoded(lines: Iterable[bytes], decoder: msgspec.json.Decoder[L]) -> Iterator[L]:
@@ -68,7 +95,7 @@ def decoded(lines: Iterable[bytes], decoder: msgspec.json.Decoder[L]) -> Iterato
         if not line:
             continue
         try:
-            yield decoder.decode(line)
+            yield decode(line, decoder)
         except (msgspec.DecodeError, UnicodeDecodeError):
             continue
 

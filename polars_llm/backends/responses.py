@@ -18,7 +18,7 @@ from polars_llm.answer import DONE
 from polars_llm.backends import lines
 from polars_llm.backends.base import Options
 from polars_llm.backends.lines import merged, not_read, read_error
-from polars_llm.backends.replies import Reply, failed, word
+from polars_llm.backends.replies import Reply, decode, failed, word
 from polars_llm.errors import InvalidRequest
 from polars_llm.images import Image, Link, of_rows, with_parts
 from polars_llm.request import Json, RequestHeader, Requests
@@ -176,7 +176,7 @@ def read_reply(status: int, raw: bytes) -> Reply:
     if status != 200:
         return read_error(status, raw)
     try:
-        response = _decoder.decode(raw)
+        response = decode(raw, _decoder)
     except (msgspec.DecodeError, UnicodeDecodeError):
         return not_read("a response", raw)
     if response.status == "failed":

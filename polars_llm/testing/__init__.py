@@ -57,8 +57,8 @@ how a batch is shown     ``sparse`` (no counts), ``odd-status`` (status="paused"
                          ``relative-url`` (of Anthropic's results)
 bytes of a result file   ``truncate`` (share=0.5, framing="chunked", "length" or "close"),
                          ``crlf``, ``blank-lines``, ``duplicate-lines``,
-                         ``foreign-ids`` (count=3), ``raw-separators``, ``string-body``,
-                         ``no-response``, ``missing-lines`` (count=1 or custom_id=...),
+                         ``foreign-ids`` (count=3), ``raw-separators``, ``lone-surrogates``,
+                         ``string-body``, ``no-response``, ``missing-lines`` (count=1 or custom_id=...),
                          ``garbage-line``, ``no-final-newline``
 =======================  ======================================================================
 

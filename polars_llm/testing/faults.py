@@ -63,6 +63,7 @@ KINDS: dict[str, Kind] = {
     "duplicate-lines": Kind("download", _DOWNLOAD),
     "foreign-ids": Kind("download", _DOWNLOAD, {"count": 3}),
     "raw-separators": Kind("download", _DOWNLOAD),
+    "lone-surrogates": Kind("download", _DOWNLOAD),
     "string-body": Kind("download", _DOWNLOAD),
     "no-response": Kind("download", _DOWNLOAD),
     "missing-lines": Kind("download", _DOWNLOAD, {"count": 1, "custom_id": None}),

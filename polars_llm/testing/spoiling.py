@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from typing import Any
 
@@ -38,16 +39,23 @@ def _edited(lines: list[bytes], edit: Callable[[Any], Any]) -> bytes:
     return _joined([_encode(edit(_decode(line))) for line in lines])
 
 
-def _with_tail(value: Any) -> Any:
-    """Append separators that JSON allows raw to every answer text in a result line."""
+def _with_tail(value: Any, tail: str = _TAIL) -> Any:
+    """Append separators that JSON allows raw, or something else, to every answer text in a result line."""
     if isinstance(value, list):
-        return [_with_tail(item) for item in value]
+        return [_with_tail(item, tail) for item in value]
     if not isinstance(value, dict):
         return value
     return {
-        key: inner + _TAIL if key in ("content", "text") and isinstance(inner, str) else _with_tail(inner)
+        key: inner + tail
+        if key in ("content", "text") and isinstance(inner, str)
+        else _with_tail(inner, tail)
         for key, inner in value.items()
     }
+
+
+def _half_a_pair(line: bytes) -> bytes:
+    """End every answer text in the middle of an emoji, as a model may that reaches its limit there."""
+    return json.dumps(_with_tail(_decode(line), "\ud83d"), ensure_ascii=True).encode()
 
 
 def _foreign(lines: list[bytes], options: dict[str, Any]) -> bytes:
@@ -88,6 +96,7 @@ _SPOILERS: dict[str, Callable[[list[bytes], dict[str, Any]], bytes]] = {
     "duplicate-lines": lambda lines, _: _joined([*lines, *lines]),
     "foreign-ids": _foreign,
     "raw-separators": lambda lines, _: _edited(lines, _with_tail),
+    "lone-surrogates": lambda lines, _: _joined([_half_a_pair(line) for line in lines]),
     "string-body": lambda lines, _: _edited(lines, _string_body),
     "no-response": lambda lines, _: _edited(lines, _no_response),
     "missing-lines": _missing,

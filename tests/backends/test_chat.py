@@ -219,6 +219,26 @@ def test_body_as_a_json_string() -> None:
     assert only(line(json.dumps(completion(content="x\u2028y"))))["text"] == "x\u2028y"
 
 
+NO_TEXT = [
+    (rb"cut \ud83d", "cut \ufffd"),
+    (rb"\udc00\ud83d\ude00", "\ufffd\U0001f600"),
+    (rb"\ud83d\u0041", "\ufffdA"),
+    (rb"\\ud83d \ud83d", "\\ud83d \ufffd"),
+    (b"caf\xe9", "caf\ufffd"),
+    (rb"nul \u0000", "nul \0"),
+]
+
+
+@pytest.mark.parametrize(("said", "text"), NO_TEXT)
+def test_what_no_string_can_hold_is_replaced_and_the_rest_kept(said: bytes, text: str) -> None:
+    body = json.dumps(completion(content="?")).encode().replace(b"?", said)
+    around = line("!")
+    assert only(around.replace(b'"!"', body))["text"] == text
+    quoted = b'"' + body.replace(b"\\", b"\\\\").replace(b'"', b'\\"') + b'"'
+    assert only(around.replace(b'"!"', quoted))["text"] == text
+    assert chat.read_reply(200, body)["text"] == text
+
+
 def test_usage_may_be_missing() -> None:
     body = completion(content="x")
     del body["usage"]

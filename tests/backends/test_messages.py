@@ -439,6 +439,13 @@ def test_requests_that_never_ran(type_: str, kind: str) -> None:
     assert (answer["state"], answer["error"]) == (RETRY, kind)
 
 
+def test_what_no_string_can_hold_is_replaced_and_the_rest_kept() -> None:
+    for said, value in ((rb"cut \ud83d", "cut \ufffd"), (b"caf\xe9", "caf\ufffd"), (rb"\\ud83d", "\\ud83d")):
+        body = json.dumps(message(text("?"))).encode().replace(b"?", said)
+        assert only(succeeded("!").replace(b'"!"', body))["text"] == value
+        assert messages.read_reply(200, body)["text"] == value
+
+
 @pytest.mark.parametrize("body", [None, [], {}, {"content": "text"}, {"content": [3]}, "not a message"])
 def test_an_unreadable_message_fails_and_keeps_its_raw_text(body: Any) -> None:
     answer = only(succeeded(body))

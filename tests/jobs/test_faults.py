@@ -263,6 +263,7 @@ DIRT: list[tuple[str, dict[str, Any]]] = [
     ("duplicate-lines", {}),
     ("foreign-ids", {}),
     ("raw-separators", {}),
+    ("lone-surrogates", {}),
     ("string-body", {}),
     ("garbage-line", {}),
     ("no-final-newline", {}),
@@ -276,6 +277,10 @@ def test_dirty_downloads(model: str, provider: testing.Provider, fault: str, opt
     if fault == "raw-separators":
         out = collected(model=model)
         assert out["response"].null_count() == 0
+        assert provider.bill().billed == len(PROMPTS)
+        return
+    if fault == "lone-surrogates":
+        assert collected(model=model)["response"].to_list() == [f"{prompt}\ufffd" for prompt in PROMPTS]
         assert provider.bill().billed == len(PROMPTS)
         return
     check(provider, collected(model=model))

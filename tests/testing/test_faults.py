@@ -436,6 +436,20 @@ def test_raw_separators_in_every_answer(p: Provider, oai: openai.OpenAI, ant: an
     assert text == "The sea is blue. \u2028and\u0085on"
 
 
+def test_answers_that_end_in_half_a_surrogate_pair(
+    p: Provider, oai: openai.OpenAI, ant: anthropic.Anthropic
+) -> None:
+    output, _ = content(oai)
+    p.fault("lone-surrogates")
+    said = [row["response"]["body"]["choices"][0]["message"]["content"] for row in rows(oai, output)]
+    assert len(said) == 4
+    assert all(text.endswith("\ud83d") for text in said)
+    batch = submit_messages(ant, [ask("a", "The sea is blue. Yes.")])
+    ant.messages.batches.retrieve(batch.id)
+    p.fault("lone-surrogates")
+    assert results(ant, batch.id)["a"].message.content[0].text == "The sea is blue.\ud83d"
+
+
 def test_odd_lines_of_lax_services(p: Provider, oai: openai.OpenAI) -> None:
     output, errors = content(oai, [*chats(1), chat_line("bad", "[[fail:400]]")])
     p.fault("string-body")
