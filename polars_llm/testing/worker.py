@@ -50,7 +50,9 @@ class Worker:
         try:
             reply = reply_from(self._model(request), request)
             # Checked here, where a wrong value can be traced to the callable.
-            return msgspec.convert(msgspec.to_builtins(reply), Reply)
+            reply = msgspec.convert(msgspec.to_builtins(reply), Reply)
+            _encode(reply)
+            return reply
         except Exception as problem:  # noqa: BLE001 - it is kept, and raised by the handle
             self.problem = self.problem or problem
             message = f"The model= callable raised {problem!r}."

@@ -121,7 +121,7 @@ def test_markers_come_before_it() -> None:
         raises(openai.BadRequestError)(lambda: chat(oai, "[[fail:400]]"))
 
 
-@pytest.mark.parametrize("value", [None, 7, {"txt": "x"}, {"finish_reason": "whim"}])
+@pytest.mark.parametrize("value", [None, 7, {"txt": "x"}, {"finish_reason": "whim"}, "\ud83d"])
 def test_what_it_must_not_return(value: Any) -> None:
     with openai.OpenAI(api_key="k", base_url="http://x", max_retries=0) as oai:
         p = provider(lambda _: value)
