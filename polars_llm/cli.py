@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import io
+import os
+import re
 import sys
 import time
 from collections.abc import Sequence
@@ -12,7 +15,7 @@ import polars as pl
 
 from polars_llm import operate
 from polars_llm.config import Config
-from polars_llm.errors import PolarsLLMError
+from polars_llm.errors import InvalidRequest, PolarsLLMError
 
 __all__ = ["main"]
 
@@ -20,10 +23,16 @@ __all__ = ["main"]
 WORK_LEFT = 75
 ERROR = 1
 
+# What a terminal takes for an order; a line feed and a tab are text.
+_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
     chosen = _parser().parse_args(arguments)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        # Answers hold what a terminal's own alphabet may not; JSON is UTF-8 wherever it goes.
+        sys.stdout.reconfigure(encoding="utf-8" if chosen.json else None, errors="replace")
     try:
         Config(cache_dir=chosen.cache_dir, ledger_dir=chosen.ledger_dir)
         code: int = chosen.run(chosen)
@@ -33,9 +42,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("polars-llm: stopped; jobs go on at the provider.", file=sys.stderr)
         return 130
-    except BrokenPipeError:
-        sys.stderr.close()  # the reader left (`| head`): nothing to say, and nowhere to say it
-        return 0
     return code
 
 
@@ -76,8 +82,15 @@ def _recover(chosen: argparse.Namespace) -> int:
 def _results(chosen: argparse.Namespace) -> int:
     answers = operate.results()
     if chosen.output is not None:
-        answers.sink_parquet(chosen.output)
-        print(chosen.output)
+        try:
+            answers.sink_parquet(chosen.output)
+        except OSError as error:
+            raise InvalidRequest(
+                f"{chosen.output} cannot be written: {error}",
+                hint="give --output a file in a directory that is there and can be written. The answers are"
+                " in the cache as before.",
+            ) from error
+        _write(f"{chosen.output}\n")
         return 0
     if not chosen.json:
         answers = answers.drop("vector")  # a thousand numbers are no cell of a table
@@ -88,7 +101,11 @@ def _results(chosen: argparse.Namespace) -> int:
 def _emulate(chosen: argparse.Namespace) -> int:
     from polars_llm.testing import emulate
 
-    emulate.run(host=chosen.host, port=chosen.port)
+    try:
+        emulate.run(host=chosen.host, port=chosen.port)
+    except RuntimeError as error:
+        print(f"polars-llm: {error}", file=sys.stderr)
+        return ERROR
     return 0
 
 
@@ -99,10 +116,11 @@ def _say(facts: dict[str, object], as_json: bool) -> None:
 def _show(frame: pl.DataFrame, as_json: bool) -> None:
     if as_json:
         shown = frame.with_columns(pl.col(pl.Duration).dt.total_seconds(fractional=True))
-        sys.stdout.write(shown.write_ndjson() or "")
+        _write(shown.write_ndjson() or "")
         return
     from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
 
     # Columns that say nothing take no room; a pipe is not cut at 80 columns.
     said = [name for name in frame.columns if frame[name].null_count() < frame.height]
@@ -112,16 +130,29 @@ def _show(frame: pl.DataFrame, as_json: bool) -> None:
     )
     table = Table(*said, box=None, header_style="bold")
     for row in readable.iter_rows():
-        table.add_row(*("" if value is None else str(value) for value in row))
+        # As text, and not as markup: brackets and escapes in an answer are the model's, not ours.
+        table.add_row(*(Text("" if value is None else _CONTROL.sub("\ufffd", str(value))) for value in row))
     console = Console(width=None if sys.stdout.isatty() else 240)
-    console.print(table if frame.height else "nothing")
+    with console.capture() as captured:
+        console.print(table if frame.height else "nothing")
+    _write(captured.get())
+
+
+def _write(text: str) -> None:
+    try:
+        sys.stdout.write(text)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        # The reader left (`| head`): what is still in the buffer goes nowhere, and the exit code stays.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="polars-llm",
         description="Look after the batch jobs of polars_llm. Nothing new is ever sent from here.",
-        epilog="Exit codes: 0 done (watch: nothing left), 75 watch: work is left, 1 error.",
+        epilog="Exit codes: 0 done (watch: nothing left), 75 watch: work is left, 1 error, 2 wrong"
+        " arguments.",
     )
     common = argparse.ArgumentParser(add_help=False)
     common.add_argument("--json", action="store_true", help="one JSON object a line, for scripts")
@@ -149,7 +180,7 @@ def _parser() -> argparse.ArgumentParser:
     recover = add("recover", _recover, "Read back from a provider what this library sent, into the cache.")
     recover.add_argument("provider", help="openai or anthropic")
     results = add("results", _results, "Show or export every answer of this cache.")
-    results.add_argument("--limit", type=int, default=20, help="rows to show (default 20)")
+    results.add_argument("--limit", type=_count, default=20, help="rows to show (default 20)")
     results.add_argument("--output", type=Path, metavar="FILE.parquet", help="write all of them to a file")
     emulate = add(
         "emulate", _emulate, "Run the local provider in this terminal: no key, no network, no cost."
@@ -160,7 +191,16 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _seconds(text: str) -> float:
-    seconds = float(text)
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = 0.0
     if not 0 < seconds < float("inf"):
         raise argparse.ArgumentTypeError("a number of seconds above 0")
     return seconds
+
+
+def _count(text: str) -> int:
+    if not (text.isascii() and text.isdecimal() and len(text) < 10):
+        raise argparse.ArgumentTypeError("a whole number from 0 on, below a thousand million")
+    return int(text)

@@ -31,6 +31,13 @@ def lose_the_cache(path: Path) -> None:
     store._open.clear()
 
 
+TERMINAL = [sys.executable, "-c", "from polars_llm.cli import main; raise SystemExit(main())"]
+
+
+def terminal(*arguments: str, **options: Any) -> subprocess.CompletedProcess[bytes]:
+    return subprocess.run([*TERMINAL, *arguments], capture_output=True, check=False, **options)
+
+
 def test_jobs_and_results_of_an_empty_cache() -> None:
     assert pllm.jobs().height == 0
     assert pllm.jobs().schema == pl.Schema(operate._JOBS)
@@ -282,6 +289,62 @@ def test_tables_and_json(
     assert main(["results", "--output", str(tmp_path / "all.parquet")]) == 0
     assert pl.read_parquet(tmp_path / "all.parquet").height == 4
     assert main(["recover", "openai", "--json"]) == 0
+
+
+ODD = ["[/b] [red]", "\x1b[31mred \x9b1m", "\u2028 \u0085 \0 \U0001f600", "[link=x]", "\r\n", ""]
+
+
+@pytest.mark.parametrize("alphabet", ["utf-8", "ascii"])
+def test_answers_are_shown_as_text_whatever_is_in_them(alphabet: str) -> None:
+    with testing.provider(model=lambda request: ODD[int(request.prompt)]):
+        frame = pl.DataFrame({"prompt": [str(n) for n in range(len(ODD))]})
+        frame.llm.generate("prompt", model=MODEL, on_pending="wait")
+    environment = {**os.environ, "PYTHONIOENCODING": alphabet}
+    table = terminal("results", env=environment)
+    assert (table.returncode, table.stderr) == (0, b"")
+    assert b"[/b] [red]" in table.stdout
+    assert b"\x1b" not in table.stdout
+    assert b"\xc2\x9b" not in table.stdout
+    lines = terminal("results", "--json", env=environment)
+    assert (lines.returncode, lines.stderr) == (0, b"")
+    assert [json.loads(line)["text"] for line in lines.stdout.split(b"\n") if line] == ODD
+
+
+@pytest.mark.parametrize("form", [[], ["--json"]])
+def test_a_reader_that_leaves_changes_no_exit_code(form: list[str]) -> None:
+    with testing.provider(model=lambda request: request.prompt, auto=False):
+        with pytest.raises(pllm.JobsPending):
+            collected(on_pending="raise")
+        for command, code in (("jobs", 0), ("watch", 75)):
+            ours, theirs = os.pipe()
+            os.close(ours)
+            done = subprocess.run(
+                [*TERMINAL, command, *form], stdout=theirs, stderr=subprocess.PIPE, check=False
+            )
+            os.close(theirs)
+            assert (done.returncode, done.stderr) == (code, b"")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code"),
+    [
+        (["results", "--output", "no/such/directory.parquet"], 1),
+        (["results", "--output", "."], 1),
+        (["results", "--limit", "-1"], 2),
+        (["results", "--limit", "9" * 20], 2),
+        (["watch", "--interval", "soon"], 2),
+        (["emulate", "--host", "0.0.0.0.0"], 1),
+        (["emulate", "--port", "99999"], 1),
+    ],
+)
+def test_arguments_that_cannot_be_are_a_line_too(
+    provider: testing.Provider, arguments: list[str], code: int
+) -> None:
+    collected()
+    done = terminal(*arguments)
+    assert (done.returncode, done.stdout) == (code, b"")
+    assert b"polars-llm" in done.stderr
+    assert b"Traceback" not in done.stderr
 
 
 @pytest.mark.parametrize("arguments", [["cancel", "job_0"], ["abandon", "job_0"], ["recover", "nobody"]])

@@ -34,7 +34,7 @@ def host(settings_json: str, parent: int) -> None:
     signal.signal(signal.SIGTERM, lambda *_: stopped.set())
     world = World(settings, ParentModel() if settings.asks_parent else BuiltInModel())
     try:
-        server = Server((settings.host, settings.port), Emulator(world, stopped.set))
+        server = _listening(settings, Emulator(world, stopped.set))
         host_, port = server.server_address[:2]
         world.url = f"http://{host_!s}:{port}"
         threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
@@ -48,6 +48,13 @@ def host(settings_json: str, parent: int) -> None:
         shutil.rmtree(settings.directory, ignore_errors=True)
     # Connections may hang in a held request: nothing here needs an orderly end.
     os._exit(0)
+
+
+def _listening(settings: Settings, emulator: Emulator) -> Server:
+    try:
+        return Server((settings.host, settings.port), emulator)
+    except (OSError, OverflowError) as error:  # in use, nobody's, or no port at all
+        sys.exit(f"{settings.host}:{settings.port} cannot be listened at: {error}")
 
 
 def _watch(parent: int, stopped: threading.Event) -> None:
