@@ -39,10 +39,16 @@ def ingest(job: Job, status: BatchStatus, backend: BatchBackend, store: Store) -
         Some requests were refused for a reason of the account. The answers of the others are kept.
     """
     keys = store.spool.keys([job.id])
+
+    def ours(found: pl.DataFrame) -> pl.DataFrame:
+        # Lines of other jobs must not be counted for answers that the provider has and we have not.
+        return found.join(keys, on="key", how="semi", maintain_order="left")
+
     try:
         target = store.spool.download_path(job.id, "results.jsonl")
-
-        replies = fetch(job, status, backend, target, lambda found: _is_whole(found, keys, status))
+        replies = ours(
+            fetch(job, status, backend, target, lambda found: _is_whole(ours(found), keys, status))
+        )
     except CallFailed as error:
         if error.status not in _GONE:
             raise

@@ -190,6 +190,24 @@ def test_half_done_batches_are_read_whole(
     assert provider.bill().batches == 2
 
 
+def test_lines_of_another_job_do_not_stand_for_answers_that_are_missing(
+    provider: testing.Provider, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The provider counts four answers; two came, and two of somebody who uses this library as well."""
+    real = OpenAIBatch.parse
+
+    def with_others(*arguments: Any) -> pl.DataFrame:
+        found = real(*arguments)
+        theirs = found.with_columns(pl.Series("key", [bytes(key)[::-1] for key in found["key"]], pl.Binary))
+        return pl.concat([theirs, found])
+
+    monkeypatch.setattr(OpenAIBatch, "parse", with_others)
+    provider.fault("expire", fraction=0.5)
+    provider.fault("truncate", framing="close", share=0.6)
+    check(provider, collected())
+    assert provider.bill().batches == 2
+
+
 def test_answers_of_a_half_done_batch_that_never_come_are_not_paid_again(provider: testing.Provider) -> None:
     provider.fault("expire", fraction=0.75)
     # Lines of the answers: those of the requests that never ran are in the other file.
