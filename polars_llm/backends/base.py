@@ -396,7 +396,8 @@ class CallFailed(Exception):
         if self.verdict.account:
             return (
                 "check the API key, the project, the billing and the model's name, then run the same"
-                " line again. Nothing was remembered against your rows; no batch was created."
+                " line again. Nothing was remembered against your rows. This call made no batch that runs;"
+                " what was sent before is still there."
             )
         if self.verdict.transient:
             return "run the same line again later; what was sent before is still there."

@@ -21,7 +21,10 @@ from polars_llm.store.filesystem import file_system, is_shared
 __all__ = ["SHARED_MARK", "CacheDirectory", "default_path", "os_errors", "sync_directory", "write_atomic"]
 
 _UNPAID = "Nothing was sent for it; what was paid for before stays at the provider and is fetched later."
-_CHOOSE = "set POLARS_LLM_CACHE_DIR to a directory that can be written."
+_CHOOSE = (
+    "set POLARS_LLM_CACHE_DIR to a directory that can be written. That one begins empty: if this one was used"
+    " before, pllm.recover(...) comes first there, or what was sent from here is paid again."
+)
 _HINTS = {
     errno.ENOSPC: "free space on that disk, then run the same line again.",
     errno.EDQUOT: "free some of your quota on that disk, then run the same line again.",

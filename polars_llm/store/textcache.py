@@ -350,7 +350,8 @@ def _translate(error: sqlite3.Error, directory: Path, timeout: float) -> CacheEr
         hint = "free space on that disk, or check it; then run the same line again."
     elif primary in _SHUT:
         hint = (
-            "make it writable for this user, or set POLARS_LLM_CACHE_DIR to a directory that can be written."
+            "make it writable for this user, or set POLARS_LLM_CACHE_DIR to a directory that can be written"
+            " (and call pllm.recover(...) there first, or what was sent from here is paid again)."
         )
     return CacheError(
         f"The ledger {directory} cannot be used: {error}.",

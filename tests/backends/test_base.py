@@ -46,9 +46,11 @@ def test_no_connection_means_not_created() -> None:
 
 
 def test_public_error_says_what_happened_to_the_money() -> None:
-    account = CallFailed("no such key", provider="openai", status=401).public("creating the batch")
-    assert isinstance(account, AccountError)
-    assert "no batch was created" in str(account)
+    for doing in ("creating the batch", "looking at job_0", "cancelling job_0"):
+        account = CallFailed("no such key", provider="openai", status=401).public(doing)
+        assert isinstance(account, AccountError)
+        # It must be true of a job that goes on as well.
+        assert "no batch that runs; what was sent before is still there" in str(account)
     other = CallFailed("down", provider="openai", status=503).public("looking")
     assert type(other) is ProviderError
     assert other.status == 503

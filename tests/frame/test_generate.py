@@ -377,7 +377,7 @@ def test_no_secret_reaches_disk_reprs_errors_or_pickles(
     with pytest.raises(pllm.AccountError) as refused:
         collected(df, model=model, sample=1)
     assert secret not in str(refused.value)
-    assert "no batch was created" in str(refused.value)
+    assert "made no batch that runs" in str(refused.value)
 
 
 def test_a_missing_key_is_said_before_anything_is_sent(df: pl.DataFrame) -> None:

@@ -190,7 +190,7 @@ def test_a_disk_that_becomes_read_only_while_a_job_is_pending(
     make_read_only(disk.path)
     slow.finish()
     for _ in range(2):
-        with pytest.raises(pllm.CacheError, match=r"Hint: (.|\n)*POLARS_LLM_CACHE_DIR"):
+        with pytest.raises(pllm.CacheError, match=r"Hint: (.|\n)*POLARS_LLM_CACHE_DIR(.|\n)*pllm.recover"):
             collected(model=model)
     make_read_only(disk.path, but="rw")
     check(slow, collected(model=model))
