@@ -21,6 +21,7 @@ import shutil
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
+from itertools import count
 from pathlib import Path
 from typing import Any, Literal
 
@@ -40,6 +41,7 @@ from hypothesis.stateful import (
 import polars_llm as pllm
 from polars_llm import config, operate
 from polars_llm.store import open_store
+from tests.crash import simulated
 from tests.crash.simulated import Doors, Killed, Process
 from tests.crash.world import MODELS, World, faults_of, worlds
 
@@ -308,6 +310,32 @@ def test_nobody_knows_what_a_dead_process_knew(tmp_path: Path) -> None:
         process.begin(use, die_at=None, stop_at=None)
     process.forget()
     assert [store is known[0] for store in known] == [True, True, False]
+
+
+def test_a_dead_process_keeps_nobody_waiting(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(simulated, "_LONGEST", 10.0)
+
+    def use() -> None:
+        store = open_store(*config.settings().cache)
+        store.directory.prepare()
+        store.ledger.put_fact("fact", 1)
+
+    for moment in count(1):
+        root = tmp_path / str(moment)
+        root.mkdir()
+        doors = Doors(root)
+        processes = []
+        for name in ("dies", "lives"):  # one directory under two names, as above
+            alias = tmp_path / f"{moment}-{name}"
+            alias.symlink_to(root, target_is_directory=True)
+            processes.append(Process(doors, alias))
+        with doors.installed():
+            try:
+                processes[0].begin(use, die_at=moment, stop_at=None)
+                break  # it has fewer moments than that
+            except Killed:
+                processes[1].begin(use, die_at=None, stop_at=None)
+    assert moment > 50
 
 
 @pytest.mark.parametrize("world", MODELS, indirect=True)

@@ -11,7 +11,6 @@ from __future__ import annotations
 import builtins
 import contextlib
 import dataclasses
-import functools
 import io
 import os
 import re
@@ -208,14 +207,20 @@ class Tracer:
         tracer = self
 
         class Connection(sqlite3.Connection):
-            def execute(self, sql: str, *parameters: Any) -> sqlite3.Cursor:
+            def execute(self, sql: str, *parameters: Any) -> Any:
                 change = _CHANGES.match(sql)
                 if change is None or (self.in_transaction and change[1].upper() != "COMMIT"):
                     return super().execute(sql, *parameters)
                 said = " ".join(change[1].lower().split()).rstrip(" =")
-                return tracer._event(
-                    f"{said} in {kind}", functools.partial(super().execute, sql, *parameters), kind
-                )
+                made: list[sqlite3.Cursor] = []
+                run = super().execute
+                try:
+                    tracer._event(f"{said} in {kind}", lambda: made.append(run(sql, *parameters)), kind)
+                except BaseException:
+                    for cursor in made:
+                        cursor.close()  # an open statement of one who only plays dead locks others out
+                    raise
+                return made[0] if made else None
 
             def commit(self) -> None:
                 tracer._event(f"commit in {kind}", super().commit, kind)
