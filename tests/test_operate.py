@@ -235,6 +235,21 @@ def test_recover_leaves_foreign_batches_alone(provider: testing.Provider) -> Non
     assert pllm.results().collect().height == 0
 
 
+def test_recover_leaves_foreign_messages_alone(provider: testing.Provider) -> None:
+    import anthropic
+
+    params: Any = {
+        "model": "claude-haiku-5-5",
+        "max_tokens": 9,
+        "messages": [{"role": "user", "content": "x"}],
+    }
+    with anthropic.Anthropic() as client:
+        client.messages.batches.create(requests=[{"custom_id": "mine-1", "params": params}])
+    provider.finish()
+    assert pllm.recover("anthropic").select("outcome", "answers").rows() == [("foreign", 0)]
+    assert pllm.results().collect().height == 0
+
+
 # --- the command line -----------------------------------------------------------------------------
 
 

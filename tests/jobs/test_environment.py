@@ -21,7 +21,7 @@ import polars as pl
 import pytest
 
 import polars_llm as pllm
-from polars_llm import operate, testing
+from polars_llm import operate, store, testing
 from polars_llm.backends.anthropic import AnthropicBatch
 from polars_llm.backends.openai import OpenAIBatch
 from polars_llm.cli import main
@@ -235,6 +235,26 @@ def test_a_directory_of_another_user(provider: testing.Provider, mode: int) -> N
                 with pytest.raises(pllm.CacheError, match=r"Permission denied(.|\n)*Hint: make it writable"):
                     collected()
     assert len(provider.log()) == before
+
+
+# --- answers that are damaged ---------------------------------------------------------------------------
+
+
+def test_answers_that_cannot_be_read_are_not_paid_again(
+    model: str, provider: testing.Provider, own_cache: Path
+) -> None:
+    check(provider, collected(model=model))
+    (segment,) = (own_cache / "results").glob("*.parquet")
+    whole = segment.read_bytes()
+    segment.write_bytes(whole[: len(whole) // 2])
+    store._open.clear()  # as a new process
+    provider.clear_log()
+    for _ in range(2):
+        with pytest.raises(pllm.CacheError, match=rf"{segment.name}(.|\n)*Hint:"):
+            collected(model=model)
+    assert provider.log() == []
+    segment.write_bytes(whole)
+    check(provider, collected(model=model))
 
 
 # --- a directory that is removed ----------------------------------------------------------------------

@@ -274,6 +274,18 @@ def test_several_batches_go_one_after_another_within_the_limit(monkeypatch: pyte
         check(provider, collected())
 
 
+def test_more_batches_than_an_hour_takes_are_put_off(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(OpenAIBatch, "limits", Limits(requests=4, size_bytes=10_000))
+    echo = testing.provider(model=lambda request: request.prompt, limits={"openai_batches_per_hour": 1})
+    with echo as provider:
+        for _ in range(2):
+            with pytest.raises(pllm.JobsPending, match=r"deferred: .*per hour"):
+                collected(on_pending="raise")
+        assert sorted(pllm.jobs()["state"]) == ["deferred", "ingested"]
+        bill = provider.bill()
+        assert (bill.batches, bill.files, bill.billed, bill.duplicates) == (1, 2, 4, {})
+
+
 DIRT: list[tuple[str, dict[str, Any]]] = [
     ("truncate", {"framing": "chunked"}),
     ("truncate", {"framing": "close"}),
