@@ -169,6 +169,9 @@ def _stop_bar(bar: Bar) -> None:
     # place to say so. The cursor comes back even if a second Ctrl+C cuts the last drawing short.
     try:
         with contextlib.suppress(OSError):
+            if bar.console.is_jupyter:
+                # rich leaves a notebook's bar as the last tick found it: 10 of 15 for ever.
+                bar.refresh()
             bar.stop()
     finally:
         with contextlib.suppress(OSError):

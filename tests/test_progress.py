@@ -369,10 +369,12 @@ def test_a_notebook_with_widgets_gets_the_bar(tmp_path: Path) -> None:
             from polars_llm.progress import Progress
             with Progress(10, "answers") as bar:
                 bar.update(3); time.sleep(1.5)
+                bar.update(10)
         """)
     )
     assert "answers" in seen
     assert "3/10" in seen
+    assert "10/10" in seen  # the bar that stays in the notebook
 
 
 def test_updates_from_another_thread() -> None:

@@ -24,6 +24,7 @@ from polars_llm.frame.asking import never_ends
 from polars_llm.frame.column import Failures
 from polars_llm.frame.scope import Contended, Missing, Scope, Staged
 from polars_llm.frame.verbs import Wanted, needs, spent
+from polars_llm.interrupts import stopped_by
 from polars_llm.jobs.evaluate import Pending, check_money, evaluate
 
 __all__ = ["Engine", "collect", "pushdown", "sink"]
@@ -359,9 +360,32 @@ class Engine(_StreamingEngine):  # type: ignore[misc]  # a class of Any
                 "pllm.Engine does not run under gevent.\n\nHint: collect with engine='streaming', or use"
                 " asyncio. Nothing was sent."
             )
-        import asyncio  # here and not above: `import polars_llm` stays quick
+        return _awaited(run)
 
-        return asyncio.get_running_loop().run_in_executor(None, run)
+
+def _awaited(run: Callable[[], T]) -> Awaitable[T]:
+    """Run it on a thread of its own; who cancels it stops its waiting, and not its jobs."""
+    import asyncio  # here and not above: `import polars_llm` stays quick
+    from concurrent.futures import Future, InvalidStateError
+
+    # Not the loop's executor: its few threads are everyone's, and waiting may take a day. And
+    # `asyncio.run` waits for them to end, also after Ctrl+C.
+    ended: Future[T] = Future()
+    stop = threading.Event()
+    ended.add_done_callback(lambda _: stop.set())
+
+    def work() -> None:
+        with contextlib.suppress(InvalidStateError):  # cancelled: nobody waits for it
+            try:
+                with stopped_by(stop):
+                    result = run()
+            except BaseException as error:  # noqa: BLE001  # raised where it is awaited
+                ended.set_exception(error)
+            else:
+                ended.set_result(result)
+
+    threading.Thread(target=work, name="polars_llm-async", daemon=True).start()
+    return asyncio.wrap_future(ended)
 
 
 class _Batches:

@@ -16,6 +16,7 @@ import polars as pl
 
 from polars_llm.backends.base import BatchBackend, CallFailed, LiveBackend, Phase, is_batch
 from polars_llm.errors import JobsPending
+from polars_llm.interrupts import pause
 from polars_llm.job import Job, State
 from polars_llm.jobs.budget import check_evaluation
 from polars_llm.jobs.claim import batches, claim
@@ -122,6 +123,7 @@ def _wait(needs: Sequence[Need], store: Store, policy: Policy, pending: Pending)
         retry=tenacity.retry_if_result(lambda still: bool(still.jobs)),
         wait=tenacity.wait_exponential(multiplier=min(1.0, 0.9 * longest), max=0.9 * longest)
         + tenacity.wait_random(0, min(1.0, 0.1 * longest)),
+        sleep=pause,
     )
     with Progress(total, "LLM answers") as bar:
 
@@ -131,7 +133,7 @@ def _wait(needs: Sequence[Need], store: Store, policy: Policy, pending: Pending)
             bar.update(min(total, total - len(still.keys) + done))
             return still
 
-        time.sleep(min(0.05, policy.poll_interval))
+        pause(min(0.05, policy.poll_interval))
         return again(look)
 
 

@@ -20,6 +20,7 @@ import polars as pl
 from polars_llm.answer import ACCOUNT, FAILED, RETRY
 from polars_llm.backends.base import CallFailed, Learns, LiveBackend
 from polars_llm.backends.replies import STOPPED
+from polars_llm.interrupts import check
 from polars_llm.job import Job, State
 from polars_llm.jobs.claim import claim, one_run
 from polars_llm.jobs.ingest import blame_account, keep
@@ -106,6 +107,7 @@ def _run(
 
 def _take_all(run: _Run, blocks: Generator[pl.DataFrame, None, None], bar: Progress) -> None:
     for run.block in blocks:
+        check()
         if run.block is STOPPED:
             raise KeyboardInterrupt
         run.take(run.block)

@@ -12,6 +12,7 @@ import textwrap
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -325,6 +326,63 @@ def test_every_way_to_run_on_the_engine(labelling: testing.Provider, run: str, t
     assert out["letter"].to_list() == EXPECTED
     bill = labelling.bill()
     assert (bill.billed, bill.duplicates, bill.batches) == (10, {}, 2)
+
+
+def _waiting() -> list[threading.Thread]:
+    return [t for t in threading.enumerate() if t.name == "polars_llm-async"]
+
+
+def test_ctrl_c_in_asyncio_run_stops_waiting_at_once() -> None:
+    with testing.provider(auto=False) as provider:
+
+        def stop_when_sent() -> None:
+            while not provider.bill().batches:
+                time.sleep(0.05)
+            stopped.append(time.monotonic())
+            os.kill(os.getpid(), signal.SIGINT)
+
+        stopped: list[float] = []
+        threading.Thread(target=stop_when_sent).start()
+        with pytest.raises(KeyboardInterrupt):
+            asyncio.run(_gathered(labelled(), pllm.Engine()))
+        assert time.monotonic() - stopped[0] < 2
+
+
+@pytest.mark.parametrize("mode", ["batch", "realtime"])
+def test_a_cancelled_query_leaves_nothing_that_waits(mode: Any) -> None:
+    async def cancelled() -> None:
+        query = asyncio.ensure_future(_gathered(lf, pllm.Engine()))
+        while not (provider.bill().batches or provider.held()):
+            await asyncio.sleep(0.05)
+        query.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await query
+
+    lf = pl.LazyFrame({"text": ["a", "b"]}).llm.generate("text", mode=mode)
+    with testing.provider(auto=False) as provider:
+        if mode == "realtime":
+            provider.fault("hold", operation="*completions*", times=None)
+        asyncio.run(cancelled())
+        deadline = time.monotonic() + 5
+        while _waiting() and time.monotonic() < deadline:
+            time.sleep(0.05)
+        assert not _waiting()
+
+
+def test_queries_that_wait_leave_the_loops_threads_to_others() -> None:
+    async def many() -> list[pl.DataFrame]:
+        asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor(1))
+        made = (pl.LazyFrame({"text": [text]}).llm.generate("text") for text in "abc")
+        queries = [asyncio.ensure_future(_gathered(lf, pllm.Engine())) for lf in made]
+        while provider.bill().batches < 3:
+            await asyncio.sleep(0.05)
+        assert await asyncio.wait_for(asyncio.to_thread(lambda: "free"), 2) == "free"
+        provider.finish()
+        return list(await asyncio.gather(*queries))
+
+    with testing.provider(model=label, auto=False) as provider:
+        outs = asyncio.run(asyncio.wait_for(many(), 20))
+    assert [out["response"].item() for out in outs] == ["A", "B", "C"]
 
 
 @pytest.mark.parametrize("run", ENGINE_RUNS)
