@@ -86,11 +86,12 @@ def _pushed(
     requests = asked.missing()
     if requests is not None:
         if here.staged is None:
+            why = "" if whole is None else " (pllm.Engine was the affinity)"
             raise UnansweredInput(
-                f"{verb.name!r} was built with pushdown, and {requests.height:,} or more of its requests"
-                " have no answer.",
-                hint="lf.llm.collect(), or collect(engine=pllm.Engine()), sends them together. Nothing"
-                " was sent.",
+                f"{verb.name!r} was built with pushdown{why}, and {requests.height:,} or more of its"
+                " requests have no answer.",
+                hint="lf.llm.collect(), or collect(engine=pllm.Engine()), sends them together; of an eager"
+                " frame df.lazy() makes a lazy one. Nothing was sent.",
             )
         here.decide([(verb, requests)])
     return _expressed(asked, None, here)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import threading
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Literal, TypeAlias, TypedDict, Unpack, cast, get_args
+from typing import TYPE_CHECKING, Any, Literal, NoReturn, TypeAlias, TypedDict, Unpack, cast, get_args
 
 import polars as pl
 
@@ -118,6 +118,13 @@ class Verb:
     typed: Typed | None = None
     value: pl.DataType = dataclasses.field(default_factory=pl.String)
     """Of an answer: String for text, Array for vectors."""
+
+    def __reduce__(self) -> NoReturn:
+        # Backends hold locks and clients; "cannot pickle '_thread.lock'" would help nobody.
+        raise TypeError(
+            "A plan or an expression with an LLM verb cannot be pickled or serialised.\n\n"
+            "Hint: build it where it runs; the answers come from the cache. Nothing was sent."
+        )
 
     @property
     def dtype(self) -> pl.DataType:
@@ -315,8 +322,8 @@ def _refuse_on_polars_thread(wanted: Sequence[Wanted]) -> None:
         missing = sum(requests.height for requests in live)
         raise UnansweredInput(
             f"{missing:,} requests have no answer yet, and they cannot be asked from inside this query.",
-            hint="lf.llm.collect() asks them, or call the verb on the frame: lf.llm.generate(...)."
-            " Nothing was sent.",
+            hint="lf.llm.collect() asks them (of an eager frame df.lazy() makes a lazy one), or call each"
+            " verb on the frame: df.llm.generate(...). Nothing was sent.",
         )
 
 

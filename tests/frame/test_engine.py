@@ -249,6 +249,8 @@ PUSHED = pl.format("ask {}", "id")
 MASKED: dict[str, tuple[Any, int]] = {
     "when/then": (lambda lf, e: lf.with_columns(x=pl.when(pl.col("id") > 3).then(e)), 2),
     "filter after": (lambda lf, e: lf.with_columns(x=e).filter(pl.col("id") > 3), 2),
+    "filter before": (lambda lf, e: lf.filter(pl.col("id") > 3).with_columns(x=e), 2),
+    "in a filter": (lambda lf, e: lf.filter(pl.col("id") > 3).filter(e == "ASK 4"), 6),
     "head": (lambda lf, e: lf.with_columns(x=e).head(1), 1),
     "dropped": (lambda lf, e: lf.with_columns(x=e).select("id"), 0),
     "group_by": (
@@ -276,6 +278,19 @@ def test_pushed_expressions_pay_for_rows_that_count(labelling: testing.Provider,
     assert (bill.billed, bill.duplicates, bill.batches) == (requests, {}, rounds)
     if "x" in out.columns and plan != "one in another":
         assert_frame_equal(out.select("x"), build(mails(), PUSHED.str.to_uppercase()).collect().select("x"))
+
+
+@pytest.mark.parametrize("as_column", [True, False])
+def test_a_filter_on_an_answer_after_others_asks_what_passes_those(
+    labelling: testing.Provider, as_column: bool
+) -> None:
+    some, spam = mails().filter(pl.col("id") > 3), pl.col("x") == "ASK 4"
+    if as_column:
+        query = mails().llm.generate(PUSHED, name="x").filter(spam).filter(pl.col("id") > 3)
+    else:
+        query = some.filter(PUSHED.llm.generate() == "ASK 4")
+    assert query.llm.collect()["id"].to_list() == [4]
+    assert labelling.bill().billed == 2
 
 
 @pytest.mark.parametrize("engine", ["in-memory", "streaming"])
@@ -406,6 +421,30 @@ def test_as_the_active_affinity(labelling: testing.Provider, tmp_path: Path) -> 
     assert labelling.bill().billed == 2
     with pytest.raises(pllm.UnansweredInput):  # built while it was
         mails().with_columns(x=PUSHED.llm.generate(pushdown=True)).collect()
+
+
+def test_two_eager_expressions_while_it_is_the_affinity_say_how(labelling: testing.Provider) -> None:
+    with pl.Config() as config:
+        config.set_engine_affinity(pllm.Engine())
+        two = {name: pl.format(name + " {}", "id").llm.generate(on_pending="wait") for name in "ab"}
+        frame = mails().collect()
+        with pytest.raises(pllm.UnansweredInput, match=r"(?s)was the affinity.*df\.lazy\(\)"):
+            frame.select(**two)
+        assert labelling.bill().batches == 0
+        assert frame.lazy().select(**two).collect()["b"][0] == "B 0"
+    assert labelling.bill().batches == 1
+
+
+def test_two_lazy_sinks_pay_once_and_write_whole_files(labelling: testing.Provider, tmp_path: Path) -> None:
+    first, second = tmp_path / "some.parquet", tmp_path / "all.parquet"
+    few = labelled().filter(pl.col("id") < 2)
+    sinks = [few.sink_parquet(first, lazy=True), labelled().sink_parquet(second, lazy=True)]
+    pl.collect_all(sinks, engine=pllm.Engine())
+    assert [pl.read_parquet(path)["label"].null_count() for path in (first, second)] == [
+        0,
+        1,
+    ]  # of a null prompt
+    assert (labelling.bill().billed, labelling.bill().duplicates) == (4, {})
 
 
 def test_sink_parquet_of_the_namespace(labelling: testing.Provider, tmp_path: Path) -> None:

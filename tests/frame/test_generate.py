@@ -362,6 +362,17 @@ def test_exceptions_keep_their_facts_through_expressions(
         assert copy.jobs == pending.value.jobs
 
 
+@pytest.mark.parametrize("pickled", [lambda lf: lf.serialize(), pickle.dumps])
+def test_a_plan_that_is_pickled_says_what_to_do(df: pl.DataFrame, pickled: Any) -> None:
+    verb, expression = (
+        df.lazy().llm.generate("prompt", model=MODEL),
+        pl.col("prompt").llm.generate(model=MODEL),
+    )
+    for plan in (verb, df.lazy().select(expression)):
+        with pytest.raises(pl.exceptions.ComputeError, match=r"(?s)cannot be pickled.*Hint: build it where"):
+            pickled(plan)
+
+
 def test_no_secret_reaches_disk_reprs_errors_or_pickles(
     provider: testing.Provider, df: pl.DataFrame, own_cache: Path
 ) -> None:
