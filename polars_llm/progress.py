@@ -64,6 +64,9 @@ class Progress:
             else:
                 wanted = place == "log" and self._enabled and sys.stderr is not None
                 self._lines = _Lines("plain" if wanted else place)
+                if place == "notebook":
+                    # A batch may stand at 0 for hours; a cell that shows nothing looks stuck.
+                    self._lines.say(self._line())
         return self
 
     def update(self, done: int, note: str = "") -> None:
@@ -73,9 +76,11 @@ class Progress:
         if self._bar is not None:
             self._bar.update(self._bar.task_ids[0], completed=done, note=note)
         elif self._lines is not None:
-            beside = f" ({note})" if note else ""
-            line = f"{self._what}: {done:,} of {self._total:,}{beside}"
-            self._lines.say(line if changed else None)
+            self._lines.say(self._line(note) if changed else None)
+
+    def _line(self, note: str = "") -> str:
+        beside = f" ({note})" if note else ""
+        return f"{self._what}: {self._done:,} of {self._total:,}{beside}"
 
     def __exit__(
         self,
