@@ -291,6 +291,8 @@ def test_describing_a_plan_opens_and_sends_nothing(shouting: testing.Provider, o
     query.explain()
     query.explain(optimized=False)
     repr(query)
+    query._repr_html_()  # what a notebook shows
+    assert "digraph" in str(query.show_graph(raw_output=True, plan_stage="ir"))
     query.llm  # noqa: B018 (the namespace itself)
     assert shouting.log() == []
     assert not own_cache.exists()
