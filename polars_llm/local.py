@@ -18,7 +18,7 @@ from polars_llm.errors import InvalidRequest
 if TYPE_CHECKING:
     from polars_llm.backends.vllm import VLLMLocal
 
-__all__ = ["VLLM", "OwnModel"]
+__all__ = ["VLLM", "OwnModel", "check"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, init=False, repr=False)
@@ -60,13 +60,13 @@ class OwnModel:
                 f"order is {order!r}",
                 hint=f"it takes {', '.join(map(repr, get_args(Order)))}. Nothing was sent.",
             )
-        _check("engine", engine, isinstance(engine, Mapping), "a mapping like {'max_model_len': 8192}")
-        _check("raw", raw, isinstance(raw, bool), "True or False")
-        _check("price_per_hour", price_per_hour, _is_price(price_per_hour), "USD of 0 or more, like 2.5")
+        check("engine", engine, isinstance(engine, Mapping), "a mapping like {'max_model_len': 8192}")
+        check("raw", raw, isinstance(raw, bool), "True or False")
+        check("price_per_hour", price_per_hour, _is_price(price_per_hour), "USD of 0 or more, like 2.5")
         for field in ("revision", "quantization"):
-            _check(field, others.get(field), isinstance(others.get(field), str), "text")
+            check(field, others.get(field), isinstance(others.get(field), str), "text")
         length = others.get("vector_length")
-        _check("vector_length", length, _is_length(length), "a whole number from 1 on")
+        check("vector_length", length, _is_length(length), "a whole number from 1 on")
         facts = {
             "name": name,
             "engine": dict(engine or {}),
@@ -248,7 +248,8 @@ class VLLM(OwnModel):
                 engines.close(model, arguments)
 
 
-def _check(name: str, value: object, fits: bool, wanted: str) -> None:
+def check(name: str, value: object, fits: bool, wanted: str) -> None:
+    """Raise InvalidRequest unless a setting is None or `fits`."""
     if value is not None and not fits:
         raise InvalidRequest(f"{name} is {value!r}", hint=f"it takes {wanted}. Nothing was sent.")
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from polars_llm.backends.order import Order
 from polars_llm.errors import InvalidRequest
-from polars_llm.local import OwnModel
+from polars_llm.local import OwnModel, check
 
 if TYPE_CHECKING:
     from polars_llm.backends.ray import RayCluster
@@ -112,13 +112,16 @@ class RayVLLM(OwnModel):
         price_per_hour: float | None = None,
         vector_length: int | None = None,
     ) -> None:
+        for field, value in {"accelerator_type": accelerator_type, "ray_address": ray_address}.items():
+            check(field, value, isinstance(value, str), "text")
+        check("processor", processor, isinstance(processor, Mapping), "a mapping of settings")
         self._set(
             name,
             engine=engine,
-            concurrency=_engines(concurrency),
+            concurrency=_engines("concurrency", concurrency),
             accelerator_type=accelerator_type,
             batch_size=_whole("batch_size", batch_size),
-            runtime_env={**(runtime_env or {}), "env_vars": _variables(runtime_env or {})},
+            runtime_env=_environment(runtime_env),
             ray_address=ray_address,
             processor=_checked(processor or {}),
             revision=revision,
@@ -157,7 +160,8 @@ class RayVLLM(OwnModel):
         model, facts = self._facts(max_concurrency)
         from polars_llm.backends.ray import RayCluster
 
-        given = {name: value or os.environ.get(name) for name, value in self.runtime_env["env_vars"].items()}
+        said = self.runtime_env["env_vars"].items()
+        given = {name: os.environ.get(name) if value is None else value for name, value in said}
         env = {name: value for name, value in given.items() if value is not None}
         return RayCluster(
             model,
@@ -189,32 +193,43 @@ class RayVLLM(OwnModel):
 def _whole(name: str, value: Any) -> int:
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
         raise InvalidRequest(
-            f"{name} is {value!r}", hint=f"it is a whole number, 1 or more: {name}=64. Nothing was sent."
+            f"{name} is {value!r}", hint="it is a whole number, 1 or more. Nothing was sent."
         )
     return value
 
 
-def _engines(value: Any) -> int | tuple[int, int]:
+def _engines(name: str, value: Any) -> int | tuple[int, int]:
     if not isinstance(value, (tuple, list)):
-        return _whole("concurrency", value)
-    pair = [_whole("concurrency", part) for part in value]
+        return _whole(name, value)
+    pair = [_whole(name, part) for part in value]
     if len(pair) != 2 or pair[0] > pair[1]:
         raise InvalidRequest(
-            f"concurrency is {value!r}",
-            hint="a number of engines, or a pair: from, to. Nothing was sent.",
+            f"{name} is {value!r}",
+            hint="a whole number, or a pair: from, to. Nothing was sent.",
         )
     return pair[0], pair[1]
 
 
-def _variables(runtime_env: Mapping[str, Any]) -> dict[str, str | None]:
-    variables = dict(runtime_env.get("env_vars") or {})
+def _environment(runtime_env: Any) -> dict[str, Any]:
+    # What is wrong is not repeated: it may hold a value that nobody may read.
+    given = _mapping("runtime_env", runtime_env)
+    variables = _mapping("env_vars of runtime_env", given.get("env_vars"))
     for name, value in variables.items():
         if not isinstance(name, str) or not (value is None or isinstance(value, str)):
             raise InvalidRequest(
                 f"runtime_env: the value of {name!r} in env_vars is a {type(value).__name__}",
                 hint="names and values are strings; None takes the value of this process. Nothing was sent.",
             )
-    return variables
+    return {**given, "env_vars": variables}
+
+
+def _mapping(name: str, value: Any) -> dict[str, Any]:
+    if value is not None and not isinstance(value, Mapping):
+        raise InvalidRequest(
+            f"{name} is a {type(value).__name__}",
+            hint="it takes a mapping: runtime_env={'env_vars': {'HF_TOKEN': None}}. Nothing was sent.",
+        )
+    return dict(value or {})
 
 
 def _checked(processor: Mapping[str, Any]) -> dict[str, Any]:
@@ -232,4 +247,6 @@ def _checked(processor: Mapping[str, Any]) -> dict[str, Any]:
             hint="the template is a setting of the engine: engine={'chat_template': ...}; its arguments are"
             " params={'chat_template_kwargs': ...} of the verb. Nothing was sent.",
         )
+    if "concurrency" in stage:
+        _engines("concurrency of the chat_template_stage", stage["concurrency"])
     return dict(processor)

@@ -76,6 +76,15 @@ def test_what_is_said_elsewhere_or_is_no_value_is_refused_at_call() -> None:
         {"concurrency": (3, 2)},
         {"batch_size": True},
         {"runtime_env": {"env_vars": {"N": 1}}},
+        {"runtime_env": {"env_vars": [SECRET]}},
+        {"runtime_env": {"env_vars": SECRET}},
+        {"runtime_env": f"HF_TOKEN={SECRET}"},
+        {"processor": ["max_concurrent_batches"]},
+        {"processor": {"chat_template_stage": {"concurrency": (1, 2, 3)}}},
+        {"processor": {"chat_template_stage": {"concurrency": "two"}}},
+        {"concurrency": "4"},
+        {"accelerator_type": 100},
+        {"ray_address": 6379},
         {"order": "random"},
         {"price_per_hour": -1.0},
     ]
@@ -106,6 +115,12 @@ def test_values_of_the_environment_are_not_shown_and_do_not_travel(monkeypatch: 
     assert SECRET not in str(backend._runtime_env)
     assert backend._runtime_env["env_vars"]["PLAIN"] == "plain-value"
     assert backend._runtime_env["working_dir"] == "."
+
+
+def test_an_empty_variable_is_not_replaced_by_the_one_here(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HTTP_PROXY", "http://192.0.2.1:3128")
+    model = pllm.RayVLLM("org/name", runtime_env={"env_vars": {"HTTP_PROXY": ""}})
+    assert model.backend()._runtime_env["env_vars"]["HTTP_PROXY"] == ""
 
 
 def test_secrets_are_set_where_they_arrive(monkeypatch: pytest.MonkeyPatch) -> None:
