@@ -27,9 +27,15 @@ SMALL = 0.2
 _LOGGERS = ("ray", "ray._private.worker", "ray.data", "ray.llm", "vllm")
 _PATIENCE = 10.0  # seconds until the head node has to answer
 _ADDRESSES_HERE = (None, "local", "auto")
+_STATUS = "`ray status` on its head node says whether it runs; its port is 6379 as a rule."
+_TOKEN = (
+    "set RAY_AUTH_MODE=token, and the cluster's token in RAY_AUTH_TOKEN or ~/.ray/auth_token, before Python"
+    " starts."
+)
 
 _door = threading.RLock()
 _joined_by: int | None = None  # the process that called ray.init, if that was ours
+_joined_at: str | None = None  # as it was said: Ray itself says the address of the node
 _quiet: dict[str, int] = {}
 _depth = 0
 
@@ -38,10 +44,11 @@ def _import() -> Any:
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")  # nothing leaves this machine
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
+        # Warnings are of the process: one thread at a time, and for no longer than it takes.
+        with _door, warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of what it imports, for its developers
             import ray
-            import ray.data
+            import ray.data.llm
     except ImportError as error:
         raise ImportError(
             "A cluster needs Ray.\n\nHint: pip install 'polars-llm-batch[ray]'; what the cluster's nodes need"
@@ -68,18 +75,21 @@ def connect(address: str | None, engines: int) -> Any:
     InvalidRequest
         An address of Ray Client; or this process has joined another cluster already.
     ProviderError
-        Nobody answers at the address.
+        Nobody answers at the address, or it wants a token.
     """
-    global _joined_by
+    global _joined_by, _joined_at
     ray = _import()
     address = address or os.environ.get("RAY_ADDRESS") or None
-    if (address or "").startswith("ray://"):
-        raise InvalidRequest(
-            f"{address} is an address of Ray Client, through which Ray Data does not work",
-            hint="run this on a node of the cluster (`ray job submit`) with ray_address='auto', or HOST:6379"
-            " on a machine that reaches all nodes. Nothing was asked.",
-        )
     with _door:
+        through = ray.is_initialized() and ray.util.client.ray.is_connected()
+        if through or (address or "").startswith("ray://"):
+            raise InvalidRequest(
+                "This process joined its cluster by Ray Client, through which Ray Data does not work"
+                if through
+                else f"{address} is an address of Ray Client, through which Ray Data does not work",
+                hint="run this on a node of the cluster (`ray job submit`) with ray_address='auto', or"
+                " HOST:6379 on a machine that reaches all nodes. Nothing was asked.",
+            )
         # What is pickled by value needs nothing of this library on the nodes.
         for module in (on_nodes, weights):
             ray.cloudpickle.register_pickle_by_value(module)
@@ -95,14 +105,14 @@ def connect(address: str | None, engines: int) -> Any:
             _knock(address)
             with quiet():
                 ray.init(address=address or "local", log_to_driver=False, logging_level="ERROR", **own)
-        except (OSError, ValueError, RuntimeError) as error:
+        except (OSError, ValueError, RuntimeError, ray.exceptions.RayError) as error:
+            said = _gist(_cause(error))
             raise ProviderError(
-                f"No Ray cluster could be joined at {address or 'this machine'}: {_gist(str(error))}",
+                f"No Ray cluster could be joined at {address or 'this machine'}: {said}",
                 provider="ray",
-                hint="`ray status` on its head node says whether it runs; its port is 6379 as a rule."
-                " Nothing was asked.",
+                hint=f"{_TOKEN if 'AuthenticationError' in said else _STATUS} Nothing was asked.",
             ) from None
-        _joined_by = os.getpid()
+        _joined_by, _joined_at = os.getpid(), address
         return ray
 
 
@@ -115,7 +125,8 @@ def _knock(address: str | None) -> None:
 
 def _check_same(ray: Any, address: str | None) -> None:
     here = ray.get_runtime_context().gcs_address
-    if address not in {*_ADDRESSES_HERE, here, os.environ.get("RAY_ADDRESS")}:
+    ours = _joined_at if _joined_by == os.getpid() else None
+    if address not in {*_ADDRESSES_HERE, here, ours, os.environ.get("RAY_ADDRESS")}:
         raise InvalidRequest(
             f"ray_address is {address!r}, and this process has joined the cluster at {here}",
             hint="leave ray_address out to use that one, or call ray.shutdown() first. Nothing was asked.",
@@ -124,12 +135,12 @@ def _check_same(ray: Any, address: str | None) -> None:
 
 def disconnect() -> None:
     """Leave the cluster that `connect` joined; one of this process ends with that."""
-    global _joined_by
+    global _joined_by, _joined_at
     with _door:
         if _joined_by == os.getpid():
             with quiet():
                 _import().shutdown()
-            _joined_by = None
+            _joined_by = _joined_at = None
 
 
 @contextlib.contextmanager
@@ -262,6 +273,8 @@ def failure(ray: Any, model: str, error: BaseException, hidden: Iterable[str]) -
         f"The cluster lost an engine of {model} too often" if lost else f"The cluster could not run {model}"
     )
     where = "the logs of Ray are in /tmp/ray/session_latest/logs on its nodes"
+    if "unexpected keyword" in text:
+        where = "engine= takes the settings of vLLM's AsyncEngineArgs, by its own names"
     return ProviderError(f"{fact}: {text}", provider="ray", hint=f"{where}; {again}")
 
 

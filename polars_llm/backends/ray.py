@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 import threading
 import time
-import warnings
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -98,9 +97,7 @@ class RayCluster(OwnModel):
                 raise cluster.failure(ray, self._model, error, hidden) from None
 
     def _blocks(self, ray: Any, requests: Sequence[Requests]) -> Iterator[pl.DataFrame]:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of what Ray imports, for its developers
-            keys, dataset = self._dataset(ray, requests)
+        keys, dataset = self._dataset(ray, requests)
         # One block at a time, and no thread of its own: what is not taken waits in the cluster's memory,
         # and whoever stops taking, or is interrupted while waiting, ends the execution.
         bundles = dataset.iter_internal_ref_bundles()
@@ -163,7 +160,7 @@ class RayCluster(OwnModel):
             asks = on_nodes.Asks(columns, "pooling_params" if embeds else "sampling_params")
             longest = self._engine.get("max_model_len")
             answers = on_nodes.Answers(columns, facts["ends"], longest if isinstance(longest, int) else None)
-            return keys, self._built(ray, config, asks, answers)(rows)
+            return keys, self._built(ray, config, asks, answers, len(tables))(rows)
 
     def _tables(self, requests: Sequence[Requests]) -> tuple[pl.Series, list[Any]]:
         """Blocks of neighbours, as Arrow; rows are known by their number."""
@@ -228,7 +225,13 @@ class RayCluster(OwnModel):
         cluster.check_accelerators(resources, kind=self._accelerator, cpu_build=cpu_build)
         workers = 1
         for name in ("tensor_parallel_size", "pipeline_parallel_size"):
-            workers *= int(self._engine.get(name) or 1)
+            said = self._engine.get(name) or 1
+            if not isinstance(said, int):
+                raise InvalidRequest(
+                    f"engine={{{name!r}: {said!r}}}",
+                    hint=f"it is a whole number: engine={{{name!r}: 2}}. Nothing was asked.",
+                )
+            workers *= said
         bundles = [{"CPU": 1.0} if cpu_build else {"GPU": 1.0}] * workers
         cluster.check_room(resources, bundles, self._engines[0])
         return {"bundles": bundles} if cpu_build else None
@@ -271,10 +274,13 @@ class RayCluster(OwnModel):
                 hint="docs/ray.md has what processor={...} may hold. Nothing was asked.",
             ) from None
 
-    def _built(self, ray: Any, config: Any, asks: on_nodes.Asks, answers: on_nodes.Answers) -> Any:
+    def _built(
+        self, ray: Any, config: Any, asks: on_nodes.Asks, answers: on_nodes.Answers, blocks: int
+    ) -> Any:
         from ray.data.llm import build_processor
 
-        pool = ray.data.TaskPoolStrategy(size=1 + self._engines[1])
+        # Ray Data warns of more tasks than it has blocks.
+        pool = ray.data.TaskPoolStrategy(size=min(1 + self._engines[1], blocks))
         light = {"num_cpus": cluster.SMALL, "compute": pool}
         processor = build_processor(
             config,

@@ -5,7 +5,9 @@ from __future__ import annotations
 import copy
 import os
 import pickle
+import warnings
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import polars as pl
@@ -56,6 +58,95 @@ def test_without_ray_the_error_names_the_command(monkeypatch: pytest.MonkeyPatch
     with pytest.raises(ImportError, match=r"pip install 'polars-llm-batch\[ray\]'"):
         pl.DataFrame({"q": ["a"]}).llm.generate("q", model="ray/org/name")
     assert pllm.jobs()["state"].to_list() == ["released"]
+
+
+class FakeRay:
+    """What joining a cluster calls of Ray."""
+
+    class exceptions:
+        class RayError(Exception): ...
+
+        class AuthenticationError(RayError): ...
+
+    def __init__(
+        self, *, joined: bool = False, by_client: bool = False, fails: Exception | None = None
+    ) -> None:
+        self.joined = joined
+        self.fails = fails
+        self.inits: list[str] = []
+        self.cloudpickle = SimpleNamespace(register_pickle_by_value=lambda _: None)
+        self.util = SimpleNamespace(
+            client=SimpleNamespace(ray=SimpleNamespace(is_connected=lambda: by_client))
+        )
+
+    def is_initialized(self) -> bool:
+        return self.joined
+
+    def init(self, *, address: str, **_: Any) -> None:
+        if self.fails is not None:
+            raise self.fails
+        self.inits.append(address)
+        self.joined = True
+
+    def get_runtime_context(self) -> Any:
+        return SimpleNamespace(gcs_address="192.0.2.2:6379")
+
+    def shutdown(self) -> None:
+        self.joined = False
+
+
+def joining(monkeypatch: pytest.MonkeyPatch, ray: FakeRay, *addresses: str | None) -> None:
+    monkeypatch.setattr(cluster, "_import", lambda: ray)
+    monkeypatch.setattr(cluster, "_knock", lambda _: None)
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    try:
+        for address in addresses:
+            assert cluster.connect(address, 1) is ray
+    finally:
+        cluster.disconnect()
+
+
+def test_the_same_address_joins_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    ray = FakeRay()
+    # Ray says the address of the node, which is not what was said.
+    joining(monkeypatch, ray, "head-node:6379", "head-node:6379", None)
+    assert ray.inits == ["head-node:6379"]
+    assert not ray.joined
+    with pytest.raises(pllm.InvalidRequest, match="has joined the cluster at"):
+        joining(monkeypatch, FakeRay(), "head-node:6379", "another:6379")
+
+
+def test_a_cluster_that_wants_a_token_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    wanted = "Authentication token is missing or incorrect"
+    # What Ray 2.60 raises where the address is given and RAY_AUTH_MODE is not.
+    trace = f"Traceback (most recent call last):\n  File x\nray.exceptions.AuthenticationError: {wanted}\n"
+    failed = ConnectionError("Failed to connect to Ray cluster at 192.0.2.2:6379")
+    failed.__cause__ = RuntimeError(f"Failed to connect to GCS. Last connection error: {trace}")
+    for error in (failed, FakeRay.exceptions.AuthenticationError(wanted)):
+        with pytest.raises(pllm.ProviderError, match=wanted) as caught:
+            joining(monkeypatch, FakeRay(fails=error), "192.0.2.2:6379")
+        assert "RAY_AUTH_MODE=token" in str(caught.value)
+
+
+@pytest.mark.parametrize("address", [None, "ray://192.0.2.1:10001"])
+def test_ray_client_is_refused_also_where_the_program_joined_by_it(
+    monkeypatch: pytest.MonkeyPatch, address: str | None
+) -> None:
+    with pytest.raises(pllm.InvalidRequest, match="Ray Client"):
+        joining(monkeypatch, FakeRay(joined=address is None, by_client=address is None), address)
+
+
+def test_what_others_warn_of_while_engines_start_is_shown(monkeypatch: pytest.MonkeyPatch) -> None:
+    def start(*_: Any) -> Any:
+        warnings.warn("of another thread", UserWarning, stacklevel=1)
+        raise pllm.InvalidRequest("no", hint="no")
+
+    backend = pllm.RayVLLM("org/name").backend()
+    monkeypatch.setattr(backend, "_dataset", start)
+    monkeypatch.setattr(cluster, "_import", FakeRay)
+    with pytest.warns(UserWarning, match="of another thread"), pytest.raises(pllm.InvalidRequest):
+        list(backend.run([]))
+    cluster.disconnect()
 
 
 def test_images_are_refused_as_locally() -> None:

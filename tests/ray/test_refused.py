@@ -47,6 +47,7 @@ def refused(model: pllm.RayVLLM) -> str:
 def test_a_cluster_that_is_too_small_is_not_waited_for(ray: Any, model_dir: str) -> None:
     began = time.monotonic()
     assert "no accelerator of type 'H100'" in refused(tiny(model_dir, accelerator_type="H100"))
+    assert "whole number" in refused(tiny(model_dir, {"tensor_parallel_size": "two"}))
     assert "4.6 are needed" in refused(tiny(model_dir, {"tensor_parallel_size": 4}))
     assert "3 CPU" in refused(tiny(model_dir, concurrency=(8, 8)))
     assert "does not take this" in refused(tiny(model_dir, processor={"max_concurrent_batches": "many"}))
