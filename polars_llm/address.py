@@ -27,10 +27,10 @@ def store_url(text: str) -> str | None:
     Raises
     ------
     InvalidRequest
-        At call: no store of that kind is known, or a secret may be in it. The message repeats nothing of
-        it.
+        At call: no store of that kind is known, or a secret may be in it, or it is no URL as written. The
+        message repeats nothing of it.
     """
-    scheme, separator, _ = text.partition("://")
+    scheme, separator, _ = text.strip().partition("://")
     scheme = _SAME.get(scheme.lower(), scheme.lower())
     if not separator or not re.fullmatch(r"[a-z][a-z0-9+.-]*", scheme):
         _refuse_half_a_url(text)
@@ -39,6 +39,12 @@ def store_url(text: str) -> str | None:
         raise InvalidRequest(
             "cache_dir is a URL of a kind that is not known",
             hint="s3://BUCKET/PREFIX, gs://BUCKET/PREFIX, az://CONTAINER/PREFIX, or a directory."
+            " Nothing was sent.",
+        )
+    if re.search(r"[^!-~]", text):
+        raise InvalidRequest(
+            "cache_dir is a URL with a blank, or with a letter that no URL has",
+            hint="leave blanks at its ends out; within a name write in percent: %20 is a blank, %C3%A4 an ä."
             " Nothing was sent.",
         )
     parts = urlsplit(text)
@@ -84,7 +90,7 @@ def options_of(url: str) -> dict[str, str]:
 
 def _refuse_half_a_url(text: str) -> None:
     # pathlib makes s3:/bucket of s3://bucket; a directory of that name would be an empty cache.
-    scheme, separator, rest = text.partition(":")
+    scheme, separator, rest = text.strip().partition(":")
     scheme = scheme.lower()
     if separator and (scheme in _OPTIONS or scheme in _SAME):
         raise InvalidRequest(

@@ -326,6 +326,38 @@ def test_a_prefix_that_is_written_elsewhere_than_listed_is_refused(prefix: str) 
         pllm.Config(cache_dir=f"s3://bucket/{prefix}")
 
 
+@pytest.mark.parametrize("url", [" s3://bucket/p", "s3://bucket/p\n", "s3://bucket/a b", "s3://bucket/ä"])
+def test_a_blank_makes_no_directory_of_a_url(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(InvalidRequest, match="%20"):
+        pllm.Config(cache_dir=url)
+    monkeypatch.setenv("POLARS_LLM_CACHE_DIR", url)
+    with pytest.raises(InvalidRequest, match="%20"):
+        pllm.jobs()
+
+
+def test_a_name_in_percent_is_one_place(
+    provider: testing.Provider, bucket: ObjectStore, tmp_path: Path
+) -> None:
+    address = bucket.url.replace("some", "%C3%A4%20b")
+    for host in ("one", "two"):
+        assert ask(address, tmp_path / host, on_pending="wait") == ANSWERS
+    assert provider.bill().billed == len(ANSWERS)
+
+
+def test_jobs_are_shown_while_the_store_cannot_be_reached(
+    quick: None, provider: testing.Provider, bucket: ObjectStore, tmp_path: Path
+) -> None:
+    with pytest.raises(JobsPending):
+        ask(bucket.url, tmp_path / "one")
+    bucket.fail()
+    with pllm.Config(cache_dir=bucket.url, ledger_dir=tmp_path / "one"):
+        with pytest.warns(pllm.LLMWarning, match="cannot be listed"):
+            jobs = pllm.jobs()
+        assert jobs.select("state", "requests", "cost_usd").rows() == [("submitted", len(ANSWERS), None)]
+        bucket.calm()
+        assert pllm.jobs().drop("age").equals(jobs.drop("age"))
+
+
 def test_a_place_whose_list_does_not_show_what_is_in_it_sends_nothing(
     quick: None, provider: testing.Provider, bucket: ObjectStore, tmp_path: Path
 ) -> None:
