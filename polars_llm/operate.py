@@ -14,7 +14,8 @@ import polars as pl
 from polars_llm.answer import ANSWER_SCHEMA, DONE, FAILED, complete
 from polars_llm.backends.base import BatchBackend, CallFailed, ListedBatch, Phase
 from polars_llm.config import settings
-from polars_llm.errors import InvalidRequest, ProviderError
+from polars_llm.errors import CacheError, InvalidRequest, ProviderError
+from polars_llm.frame.column import warn
 from polars_llm.job import Job, State
 from polars_llm.jobs.evaluate import advance
 from polars_llm.jobs.ingest import answered, best, fetch, priced
@@ -60,7 +61,8 @@ def jobs(*, open_only: bool = False) -> pl.DataFrame:
     DataFrame
         job, provider, model, state, requests, done, failed (as last seen), created (UTC), age,
         batch_id (the provider's), reason (why it waits or ended), cost_usd (of its stored answers;
-        null while there are none, or if a price is not known).
+        null while there are none, or if a price is not known, or where the results cannot be read: then
+        it warns).
     """
     store = _store()
     now = datetime.now(UTC)
@@ -80,7 +82,13 @@ def jobs(*, open_only: bool = False) -> pl.DataFrame:
             }
         )
     frame = pl.DataFrame(rows, schema={n: t for n, t in _JOBS.items() if n != "cost_usd"})
-    return frame.join(_costs(store), on="job", how="left", maintain_order="left").select(*_JOBS)
+    try:
+        costs = _costs(store)
+    except CacheError as error:
+        # The ledger is of this host: an outage of the store is no reason to hide what is in flight.
+        warn(f"What the jobs cost is not known now: {error}")
+        costs = pl.DataFrame(schema={"job": pl.String, "cost_usd": pl.Float64})
+    return frame.join(costs, on="job", how="left", maintain_order="left").select(*_JOBS)
 
 
 def _costs(store: Store) -> pl.DataFrame:
