@@ -10,6 +10,8 @@ import importlib.metadata
 import json
 import os
 import re
+import subprocess
+import sys
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -29,8 +31,10 @@ class Secrets:
     does not write. What arrives is the hub's token, or None: the value of vLLM's ``hf_token``.
     """
 
-    def __init__(self, variables: Mapping[str, str]) -> None:
+    def __init__(self, variables: Mapping[str, str], *, engine: bool = False) -> None:
+        """`engine`: what arrives is for a worker that will start one."""
         self._variables = dict(variables)
+        self._engine = engine
 
     def __repr__(self) -> str:
         return f"Secrets({', '.join(self._variables)})"
@@ -39,11 +43,33 @@ class Secrets:
         return self
 
     def __reduce__(self) -> tuple[Callable[..., Any], tuple[Any, ...]]:
-        return _arrive, (self._variables,)
+        return _arrive, (self._variables, self._engine)
 
 
-def _arrive(variables: dict[str, str]) -> str | None:
+# By number of the parent and not by the end of a pipe, which what is forked would hold open.
+_AFTER_US = """
+import contextlib, os, sys, time
+import psutil
+
+below = []
+us = int(sys.argv[1])
+while os.getppid() == us:
+    with contextlib.suppress(psutil.NoSuchProcess):
+        below = [p for p in psutil.Process(us).children(recursive=True) if p.pid != os.getpid()]
+    time.sleep(1)
+for process in below:
+    with contextlib.suppress(psutil.NoSuchProcess):
+        process.kill()
+"""
+
+
+def _arrive(variables: dict[str, str], engine: bool) -> str | None:
     os.environ.update(variables)
+    if engine:
+        # Ray's own process on a node ends what workers leave. If that was killed too, an engine would stay
+        # for ever with all of its memory, and whoever goes on would find none.
+        command = [sys.executable, "-c", _AFTER_US, str(os.getpid())]
+        subprocess.Popen(command, stdin=subprocess.DEVNULL, start_new_session=True)
     return variables.get("HF_TOKEN")
 
 

@@ -156,7 +156,7 @@ class RayCluster(OwnModel):
             if chat:
                 templates = [sampling.template_arguments(r.header) for r in requests]
                 rows = self._rendered(ray, rows, settings, facts, templates, secrets)
-            config = self._config(facts, placement, secrets)
+            config = self._config(facts, placement)
             asks = on_nodes.Asks(columns, "pooling_params" if embeds else "sampling_params")
             longest = self._engine.get("max_model_len")
             answers = on_nodes.Answers(columns, facts["ends"], longest if isinstance(longest, int) else None)
@@ -236,7 +236,7 @@ class RayCluster(OwnModel):
         cluster.check_room(resources, bundles, self._engines[0])
         return {"bundles": bundles} if cpu_build else None
 
-    def _config(self, facts: Mapping[str, Any], placement: Any, secrets: on_nodes.Secrets) -> Any:
+    def _config(self, facts: Mapping[str, Any], placement: Any) -> Any:
         import pydantic
         from ray.data.llm import vLLMEngineProcessorConfig
 
@@ -245,7 +245,7 @@ class RayCluster(OwnModel):
             # A model that is free to put whitespace between JSON tokens may never stop doing so.
             "structured_outputs_config": {"backend": "xgrammar", "disable_any_whitespace": True},
             "disable_log_stats": not metrics,
-            "hf_token": secrets,
+            "hf_token": on_nodes.Secrets(self._secrets, engine=True),
             **{name: value for name, value in self._engine.items() if value is not None},
         }
         if facts["cpu"] and not _MEMORY_SETTINGS & engine.keys():
