@@ -8,6 +8,7 @@ import os
 import re
 import sys
 import time
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -15,7 +16,7 @@ import polars as pl
 
 from polars_llm import operate
 from polars_llm.config import Config
-from polars_llm.errors import InvalidRequest, PolarsLLMError
+from polars_llm.errors import InvalidRequest, LLMWarning, PolarsLLMError
 
 __all__ = ["main"]
 
@@ -34,8 +35,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         # Answers hold what a terminal's own alphabet may not; JSON is UTF-8 wherever it goes.
         sys.stdout.reconfigure(encoding="utf-8" if chosen.json else None, errors="replace")
     try:
-        Config(cache_dir=chosen.cache_dir, ledger_dir=chosen.ledger_dir)
-        code: int = chosen.run(chosen)
+        with warnings.catch_warnings():
+            warnings.simplefilter("always", LLMWarning)
+            warnings.showwarning = _warn
+            Config(cache_dir=chosen.cache_dir, ledger_dir=chosen.ledger_dir)
+            code: int = chosen.run(chosen)
     except (PolarsLLMError, ImportError) as error:
         print(f"polars-llm: {error}", file=sys.stderr)
         return ERROR
@@ -43,6 +47,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print("polars-llm: stopped; jobs go on at the provider.", file=sys.stderr)
         return 130
     return code
+
+
+def _warn(message: Warning | str, *_: object, **__: object) -> None:
+    print(f"polars-llm: {message}", file=sys.stderr)
 
 
 def _jobs(chosen: argparse.Namespace) -> int:

@@ -209,7 +209,8 @@ def watch(*, model: Model | None = None) -> pl.DataFrame:
     Returns
     -------
     DataFrame
-        The jobs that are still open, as `jobs` gives them.
+        The jobs that are still open, as `jobs` gives them. Where a provider does not answer now, one
+        `LLMWarning` says so.
 
     Raises
     ------
@@ -218,16 +219,25 @@ def watch(*, model: Model | None = None) -> pl.DataFrame:
     """
     store = _store()
     problems: list[ProviderError] = []
+    unanswered: dict[str, list[CallFailed]] = {}
     policy = Policy(poll_interval=settings().poll_interval, quiet_period=settings().quiet_period)
     for job in store.ledger.jobs(open_only=True):
         backend = for_job(job, model) if job.mode == "batch" else None
         try:
-            advance(job, backend, store, policy)
+            failed = advance(job, backend, store, policy)
+            if failed is not None:
+                unanswered.setdefault(job.base_url or job.provider, []).append(failed)
         except ProviderError as error:
             problems.append(error)
         finally:
             if backend is not None:
                 backend.close()
+    for host, failures in unanswered.items():
+        count = "1 job" if len(failures) == 1 else f"{len(failures):,} jobs"
+        warn(
+            f"{host} did not answer about {count}: {failures[-1]}\n\n"
+            "Hint: nothing to do: the next look asks again. What was sent is still there."
+        )
     if store.directory.jobs.exists():
         _clean(store)
     if problems:

@@ -291,6 +291,24 @@ def test_watch_says_errors_without_a_traceback(
     assert "Hint:" in capsys.readouterr().err
 
 
+def test_watch_says_that_a_provider_does_not_answer(
+    provider: testing.Provider, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(pllm.JobsPending):
+        collected(on_pending="raise")
+    provider.fault("status", status=503, times=None)
+    assert main(["watch", "--json"]) == 75
+    out, err = capsys.readouterr()
+    assert json.loads(out)["state"] == "submitted"
+    assert err.startswith("polars-llm: http://127.0.0.1")
+    assert "did not answer about 1 job: " in err
+    assert "Hint: nothing to do" in err
+    assert ".py:" not in err  # where it was raised is nobody's concern here
+    provider.clear_faults()
+    assert main(["watch"]) == 0
+    assert capsys.readouterr().err == ""
+
+
 def test_tables_and_json(
     provider: testing.Provider, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

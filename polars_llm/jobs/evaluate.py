@@ -238,25 +238,32 @@ def _holding(keys: pl.Series, store: Store) -> tuple[list[Job], pl.DataFrame]:
     return [job for job in jobs if job.id in names], held
 
 
-def advance(job: Job, backend: BatchBackend | LiveBackend | None, store: Store, policy: Policy) -> None:
-    """Move one open job as far as it gets without waiting; None reaches no provider, only this machine."""
+def advance(
+    job: Job, backend: BatchBackend | LiveBackend | None, store: Store, policy: Policy
+) -> CallFailed | None:
+    """Move one open job as far as it gets without waiting; gives what the provider did not answer now.
+
+    A backend of None reaches no provider, only this machine.
+    """
     if job.owner is not None and store.directory.is_alive(job.owner):
-        return  # its submitter is at work
+        return None  # its submitter is at work
     elsewhere = backend is not None and (job.provider, job.base_url) != (backend.provider, backend.base_url)
     if elsewhere and job.state not in {State.PLANNED, State.UPLOADED, State.RUNNING}:
-        return  # sent through another host; only that one knows it
+        return None  # sent through another host; only that one knows it
     with store.directory.try_lock(job.id) as ours:
         if not ours:
-            return  # somebody else is advancing it
+            return None  # somebody else is advancing it
         current = store.ledger.get(job.id)
         if current is None or not current.state.is_open:
-            return
+            return None
         try:
             _move_on(current, backend, store, policy)
         except CallFailed as error:
             # No news is no news: the job stays where it is, and the next look tries again.
             if not error.verdict.transient:
                 raise error.public(f"looking at {job.id}") from error
+            return error
+        return None
 
 
 def _move_on(job: Job, backend: BatchBackend | LiveBackend | None, store: Store, policy: Policy) -> None:
