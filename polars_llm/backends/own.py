@@ -19,7 +19,7 @@ from polars_llm.job import Mode
 from polars_llm.request import Json, RequestHeader, Requests
 from polars_llm.schema.rules import VLLM, worded
 
-__all__ = ["LIVE_SCHEMA", "OwnModel", "messages"]
+__all__ = ["LIVE_SCHEMA", "OwnBackend", "messages"]
 
 # Earlier answers that say how long the next ones will be.
 _HISTORY = 10_000
@@ -32,7 +32,7 @@ LIVE_SCHEMA: Mapping[str, pl.DataType] = {
 """Columns of a block of replies."""
 
 
-class OwnModel:
+class OwnBackend:
     """A model of one's own and its settings; who runs it is for the subclass to say."""
 
     provider = "vllm"
