@@ -335,15 +335,15 @@ def _through(
             looked = [a.look(batch) for a in asking]
             if not missing and any(a.requests for a in asking):
                 missing = True
-                if here.staged is not None:
+                if not here.holds:
                     here.missing()
-            if missing and here.staged is None:
+            if missing and here.holds:
                 waiting.append(batch)
                 continue
             yield _laid(batch, asking, looked, None)
     except GeneratorExit:
-        # The query has enough rows; those before have to be answered all the same.
-        if missing and here.staged is not None:
+        # The query has enough rows; those that went out have to be answered all the same.
+        if missing and not here.holds:
             here.decide([w for a in asking for w in a.wanted()])
         raise
     if missing:

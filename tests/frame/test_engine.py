@@ -447,6 +447,26 @@ def test_two_lazy_sinks_pay_once_and_write_whole_files(labelling: testing.Provid
     assert (labelling.bill().billed, labelling.bill().duplicates) == (4, {})
 
 
+LIMITED: dict[str, Any] = {
+    "filter, head": lambda lf: lf.filter(pl.col("id") >= 0).head(5),
+    "filter on the answer, head": lambda lf: lf.filter(pl.col("x").is_null() | True).head(150_000),
+}
+
+
+@pytest.mark.parametrize("plan", LIMITED)
+def test_a_lazy_sink_that_needs_only_the_first_rows_writes_no_row_without_its_answer(
+    labelling: testing.Provider, tmp_path: Path, plan: str
+) -> None:
+    rows = pl.LazyFrame({"id": range(400_000)})  # several batches, so that Polars stops in the middle
+    query = LIMITED[plan](rows.llm.generate(pl.format("n {}", pl.col("id") // 100_000), name="x"))
+    target = tmp_path / "x.parquet"
+    pl.collect_all([query.sink_parquet(target, lazy=True)], engine=pllm.Engine())
+    written = pl.read_parquet(target)
+    assert written.height in {5, 150_000}
+    assert written["x"].to_list() == [f"N {n // 100_000}" for n in range(written.height)]
+    assert labelling.bill().duplicates == {}
+
+
 def test_sink_parquet_of_the_namespace(labelling: testing.Provider, tmp_path: Path) -> None:
     target = tmp_path / "letters.parquet"
     with pytest.raises(pllm.JobsPending):
