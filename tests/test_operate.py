@@ -177,7 +177,8 @@ def test_the_memory_of_recover_does_not_grow_with_the_number_of_batches(
             answers, peak = map(int, done.stdout.split())
             assert answers == batches * rows
             peaks.append(peak)
-    assert peaks[1] - peaks[0] < 48, peaks  # MiB; the eight batches more have 61 MiB of text alone
+    # MiB. Measured 20 to 56, by chance and by the version of Polars; holding all batches 132 and more.
+    assert peaks[1] - peaks[0] < 90, peaks
 
 
 def test_recover_shows_how_far_it_is(
