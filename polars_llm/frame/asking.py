@@ -82,15 +82,6 @@ class InPlan:
             return not self.upstream.complete
         return any(scope.blocks(self._verb) for scope in self._scopes)
 
-    @property
-    def holds(self) -> bool:
-        """Must no row go out whose answer is missing? In a pass that only looks it may: as null."""
-        return self.staged is None or self.staged.strict or self.staged.final
-
-    def missing(self) -> None:
-        """From here on rows go out that are not all answered."""
-        self._note(answered=False)
-
     def decide(self, wanted: Sequence[Wanted]) -> Pending | None:
         """Send what is missing, leave that to the driver, or leave it altogether."""
         if self.staged is not None:

@@ -93,6 +93,15 @@ def _pushed(
                 hint="lf.llm.collect(), or collect(engine=pllm.Engine()), sends them together; of an eager"
                 " frame df.lazy() makes a lazy one. Nothing was sent.",
             )
+        if here.staged.strict:
+            # Rows go on as soon as this returns, and others may have been written; to stop at the first part
+            # of a column would send it in as many jobs as Polars makes parts.
+            raise UnansweredInput(
+                f"{verb.name!r} was built with pushdown, in a sink that is part of a plan (lazy=True), and"
+                f" {requests.height:,} or more of its requests have no answer.",
+                hint="call the sink without lazy=True, or collect first (lf.llm.collect()): both send them"
+                " together. Nothing was sent for it.",
+            )
         here.decide([(verb, requests)])
     return _expressed(asked, None, here)
 

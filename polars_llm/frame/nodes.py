@@ -34,6 +34,9 @@ from polars_llm.store.spool import Scratch
 
 __all__ = ["estimated", "lazily", "on_frame", "on_series"]
 
+# Rows at a time, where Polars does not say.
+_BATCH = 100_000
+
 
 def on_frame(frame: pl.DataFrame, verb: Verb) -> pl.DataFrame:
     """The frame with the answers as a column."""
@@ -226,7 +229,7 @@ def _conjuncts(predicate: pl.Expr) -> Iterator[pl.Expr]:
 
 def _batches(lf: pl.LazyFrame, size: int | None) -> Iterator[pl.DataFrame]:
     # The engine is named: an affinity to ours would drive this part of a plan for itself.
-    return iter(lf.collect_batches(chunk_size=size or 100_000, maintain_order=True, engine="streaming"))
+    return iter(lf.collect_batches(chunk_size=size or _BATCH, maintain_order=True, engine="streaming"))
 
 
 def _unasked(rows: pl.LazyFrame, size: int | None, place: Occurrence) -> Iterator[pl.DataFrame]:
@@ -330,22 +333,15 @@ def _through(
     batches: Iterator[pl.DataFrame], asking: Sequence[_Asking], here: InPlan, waiting: Scratch
 ) -> Iterator[pl.DataFrame]:
     missing = False
-    try:
-        for batch in batches:
-            looked = [a.look(batch) for a in asking]
-            if not missing and any(a.requests for a in asking):
-                missing = True
-                if not here.holds:
-                    here.missing()
-            if missing and here.holds:
-                waiting.append(batch)
-                continue
+    for batch in batches:
+        looked = [a.look(batch) for a in asking]
+        missing = missing or any(a.requests for a in asking)
+        if missing:
+            # Nothing goes out before all is known. A query that has its first rows may end at any moment,
+            # and what it would still have asked would be heard by nobody.
+            waiting.append(batch)
+        else:
             yield _laid(batch, asking, looked, None)
-    except GeneratorExit:
-        # The query has enough rows; those that went out have to be answered all the same.
-        if missing and not here.holds:
-            here.decide([w for a in asking for w in a.wanted()])
-        raise
     if missing:
         pending = here.decide([w for a in asking for w in a.wanted()])
         for batch in waiting:

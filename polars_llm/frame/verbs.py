@@ -370,12 +370,16 @@ def _go_together(a: Verb, b: Verb) -> bool:
 
 def _merged(requests: Sequence[Requests]) -> list[Requests]:
     """Those under one header in one frame, each request once."""
-    merged: dict[str, Requests] = {}
+    by_header: dict[str, list[Requests]] = {}
     for r in requests:
-        name = r.header.digest()
-        frame = pl.concat([merged[name].frame, r.frame], how="diagonal") if name in merged else r.frame
-        merged[name] = Requests(r.header, frame.unique("key", keep="first", maintain_order=True))
-    return list(merged.values())
+        by_header.setdefault(r.header.digest(), []).append(r)
+    return [
+        Requests(
+            same[0].header,
+            pl.concat([r.frame for r in same], how="diagonal").unique("key", maintain_order=True),
+        )
+        for same in by_header.values()
+    ]
 
 
 def _numbered(rows: pl.DataFrame, found: pl.DataFrame) -> pl.DataFrame:

@@ -447,6 +447,18 @@ def test_two_lazy_sinks_pay_once_and_write_whole_files(labelling: testing.Provid
     assert (labelling.bill().billed, labelling.bill().duplicates) == (4, {})
 
 
+def test_a_pushed_expression_in_a_lazy_sink_says_how(labelling: testing.Provider, tmp_path: Path) -> None:
+    query = mails().with_columns(x=PUSHED.llm.generate(pushdown=True))
+    sink = query.sink_parquet(tmp_path / "x.parquet", lazy=True)
+    with pytest.raises(pllm.UnansweredInput, match=r"(?s)lazy=True.*without lazy=True"):
+        pl.collect_all([sink], engine=pllm.Engine())
+    assert labelling.bill().batches == 0
+    query.sink_parquet(tmp_path / "x.parquet", engine=pllm.Engine())
+    assert sent(labelling) == [6]
+    pl.collect_all([sink], engine=pllm.Engine())
+    assert pl.read_parquet(tmp_path / "x.parquet")["x"].to_list() == [f"ASK {n}" for n in range(6)]
+
+
 LIMITED: dict[str, Any] = {
     "filter, head": lambda lf: lf.filter(pl.col("id") >= 0).head(5),
     "filter on the answer, head": lambda lf: lf.filter(pl.col("x").is_null() | True).head(150_000),
@@ -465,6 +477,19 @@ def test_a_lazy_sink_that_needs_only_the_first_rows_writes_no_row_without_its_an
     assert written.height in {5, 150_000}
     assert written["x"].to_list() == [f"N {n // 100_000}" for n in range(written.height)]
     assert labelling.bill().duplicates == {}
+
+
+@pytest.mark.parametrize("cut", ["slice", "head"])
+def test_a_query_that_ends_in_the_middle_of_its_input(labelling: testing.Provider, cut: str) -> None:
+    """Polars lets go of a source when it likes, that is after the query has returned."""
+    rows = pl.LazyFrame({"id": range(400_000)})
+    query = rows.llm.generate(pl.format("n {}", pl.col("id") // 100_000), name="x")
+    if cut == "slice":
+        out = query.slice(150_000, 2).llm.collect()
+    else:
+        out = query.with_row_index().filter(pl.col("index") >= 150_000).head(2).llm.collect()
+    assert out["x"].to_list() == ["N 1", "N 1"]
+    assert sent(labelling) == [4]
 
 
 def test_sink_parquet_of_the_namespace(labelling: testing.Provider, tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ from polars.testing import assert_frame_equal
 
 import polars_llm as pllm
 from polars_llm import store, testing
+from polars_llm.frame import nodes
 from tests.conftest import MODEL
 
 Frame = TypeVar("Frame", pl.DataFrame, pl.LazyFrame)
@@ -158,6 +159,7 @@ def again_and_again(lf: pl.LazyFrame, **options: Any) -> pl.DataFrame:
 
 RUNS: dict[str, tuple[Verb, Callable[[pl.LazyFrame], pl.DataFrame]]] = {
     "driven": (asked, lambda lf: lf.llm.collect()),
+    "driven, 3 rows at a time": (asked, lambda lf: lf.llm.collect()),
     "pushed": (pushed, lambda lf: lf.llm.collect()),
     "streaming": (asked, lambda lf: again_and_again(lf, engine="streaming")),
     "in-memory": (asked, lambda lf: again_and_again(lf, engine="in-memory")),
@@ -179,6 +181,8 @@ def test_a_plan_gives_the_rows_of_eager_frames(
     monkeypatch.setenv("POLARS_LLM_CACHE_DIR", str(tmp_path / str(next(caches))))
     store._open.clear()
     verb, collect = RUNS[run]
+    if "3 rows" in run:
+        monkeypatch.setattr(nodes, "_BATCH", 3)
     provider.reset()
     lf = built(BASE.lazy(), plan, verb)
     note(f"{plan}\n{lf.explain(optimized=False)}")
