@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from polars_llm.errors import InvalidRequest, ProviderError
+from polars_llm.stacks import stacks
 
 if TYPE_CHECKING:
     import vllm
@@ -191,7 +192,7 @@ def _can_be_imported() -> bool:
     """False if the main script is at work outside of ``if __name__ == "__main__"``."""
     main = sys.modules.get("__main__")
     source = getattr(main, "__file__", None)
-    frame = sys._current_frames().get(threading.main_thread().ident or 0)
+    frame = stacks().get(threading.main_thread().ident or 0)
     while frame is not None and not (frame.f_globals is vars(main) and frame.f_code.co_name == "<module>"):
         frame = frame.f_back
     if frame is None or source is None or not Path(source).is_file():

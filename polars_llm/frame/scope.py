@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 import polars as pl
 
 from polars_llm.errors import UnansweredInput
+from polars_llm.stacks import stacks
 
 if TYPE_CHECKING:
     from polars_llm.frame.column import Failures
@@ -321,7 +322,7 @@ class Occurrence:
 
 def _at_work(thread: int, evaluation: tuple[int, int]) -> bool:
     """Is that evaluation still running on that thread?"""
-    collect = _collect_in(sys._current_frames().get(thread))
+    collect = _collect_in(stacks().get(thread))
     return collect is not None and _evaluation(collect) == evaluation
 
 
@@ -348,7 +349,7 @@ def inside(expr: pl.Expr) -> frozenset[Occurrence]:
 
 def _collected(name: str) -> Iterator[tuple[int, list[str]]]:
     """The threads that collect a plan with that mark just now, and its description."""
-    for thread, frame in sys._current_frames().items():
+    for thread, frame in stacks().items():
         collect = _collect_in(frame)
         plan = collect.f_locals.get("lf") if collect is not None else None
         if isinstance(plan, pl.LazyFrame):
