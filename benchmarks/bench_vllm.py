@@ -34,7 +34,7 @@ os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
 import polars as pl
 
 import polars_llm as pllm
-from polars_llm.backends import engines, sampling
+from polars_llm.backends.vllm import engines, sampling
 
 HERE = Path(__file__).parent
 ORDERS = ("input", "length", "prefix", "auto")

@@ -10,13 +10,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self, get_args
 
-from polars_llm.backends import sampling
-from polars_llm.backends.order import Order
-from polars_llm.backends.weights import directory_digest, model_path
+from polars_llm.backends.vllm import sampling
+from polars_llm.backends.vllm.order import Order
+from polars_llm.backends.vllm.weights import directory_digest, model_path
 from polars_llm.errors import InvalidRequest
 
 if TYPE_CHECKING:
-    from polars_llm.backends.vllm import VLLMLocal
+    from polars_llm.backends.vllm.local import VLLMLocal
 
 __all__ = ["VLLM", "OwnModel", "check"]
 
@@ -233,14 +233,14 @@ class VLLM(OwnModel):
     def backend(self, mode: str = "batch", *, max_concurrency: int | None = None) -> VLLMLocal:
         """The backend; the engine is made when it is first needed, and answers in every mode."""
         model, facts = self._facts(max_concurrency)
-        from polars_llm.backends.vllm import VLLMLocal
+        from polars_llm.backends.vllm.local import VLLMLocal
 
         pooling = {"runner": "pooling"} if self.endpoint == sampling.EMBEDDINGS else {}
         return VLLMLocal(model, arguments={**self._arguments(), **pooling}, **facts)
 
     def close(self) -> None:
         """Close the engines of this configuration, if this process has any, and free their memory."""
-        from polars_llm.backends import engines
+        from polars_llm.backends.vllm import engines
 
         # As they were made: also where the directory has been moved since.
         for model in {self.name, str(Path(self.name).expanduser().resolve())}:

@@ -9,9 +9,9 @@ import os
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self, TypeAlias, overload
 
-from polars_llm.backends import chat, embeddings, messages, responses
 from polars_llm.backends.base import BatchBackend, LiveBackend
 from polars_llm.backends.hosts import ANTHROPIC, Host, host_of, normalise_base_url
+from polars_llm.backends.wire import chat, embeddings, messages, responses
 from polars_llm.errors import InvalidRequest, ModelNotChosen
 from polars_llm.job import Job
 from polars_llm.local import VLLM

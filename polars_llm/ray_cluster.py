@@ -8,12 +8,12 @@ import re
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from polars_llm.backends.order import Order
+from polars_llm.backends.vllm.order import Order
 from polars_llm.errors import InvalidRequest
 from polars_llm.local import OwnModel, check
 
 if TYPE_CHECKING:
-    from polars_llm.backends.ray import RayCluster
+    from polars_llm.backends.vllm.ray import RayCluster
 
 __all__ = ["RayVLLM"]
 
@@ -158,7 +158,7 @@ class RayVLLM(OwnModel):
     def backend(self, mode: str = "batch", *, max_concurrency: int | None = None) -> RayCluster:
         """The backend; the cluster is joined when the first answer is missing. It answers in every mode."""
         model, facts = self._facts(max_concurrency)
-        from polars_llm.backends.ray import RayCluster
+        from polars_llm.backends.vllm.ray import RayCluster
 
         said = self.runtime_env["env_vars"].items()
         given = {name: os.environ.get(name) if value is None else value for name, value in said}
@@ -185,7 +185,7 @@ class RayVLLM(OwnModel):
 
         A Ray that you initialised stays. Engines end with each evaluation in any case.
         """
-        from polars_llm.backends import cluster
+        from polars_llm.backends.vllm import cluster
 
         cluster.disconnect()
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from polars_llm.backends.embeddings import WIDTHS
+from polars_llm.backends.wire.embeddings import WIDTHS
 from polars_llm.frame.conversations import ROLES
 from polars_llm.images import LIMITS
 

@@ -25,7 +25,6 @@ from typing import TYPE_CHECKING, Any, BinaryIO, TypeVar, cast
 import polars as pl
 
 from polars_llm import clock
-from polars_llm.backends import messages
 from polars_llm.backends.base import (
     BatchStatus,
     CallFailed,
@@ -40,6 +39,7 @@ from polars_llm.backends.base import (
 from polars_llm.backends.clients import Ask, HttpReply, PerProcess, retry_after
 from polars_llm.backends.hosts import is_at, normalise_base_url, redact
 from polars_llm.backends.replies import Reply
+from polars_llm.backends.wire import messages
 from polars_llm.errors import AccountError
 from polars_llm.job import Job, Mode
 from polars_llm.pricing import Prices

@@ -17,7 +17,6 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import polars as pl
 
-from polars_llm.backends import chat, embeddings, responses
 from polars_llm.backends.base import (
     BatchStatus,
     CallFailed,
@@ -31,8 +30,9 @@ from polars_llm.backends.base import (
 )
 from polars_llm.backends.clients import Ask, HttpReply, PerProcess, retry_after
 from polars_llm.backends.hosts import Host, host_of, redact
-from polars_llm.backends.lines import Wire, custom_ids_of, parse
 from polars_llm.backends.replies import Reply
+from polars_llm.backends.wire import chat, embeddings, responses
+from polars_llm.backends.wire.lines import Wire, custom_ids_of, parse
 from polars_llm.errors import AccountError
 from polars_llm.job import Job, Mode
 from polars_llm.pricing import Prices

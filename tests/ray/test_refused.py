@@ -58,7 +58,7 @@ def test_a_cluster_that_is_too_small_is_not_waited_for(ray: Any, model_dir: str)
 
 
 def test_a_model_that_the_nodes_do_not_have_or_have_otherwise(ray: Any, tmp_path: Path) -> None:
-    from polars_llm.backends import cluster, on_nodes
+    from polars_llm.backends.vllm import cluster, on_nodes
 
     plain = make_model(tmp_path / "plain", "--no-template")
     assert "no chat template" in refused(tiny(plain))
@@ -77,7 +77,7 @@ def test_a_model_that_the_nodes_do_not_have_or_have_otherwise(ray: Any, tmp_path
 
 
 def test_nodes_need_no_installation_of_this_library(ray: Any, tmp_path: Path) -> None:
-    from polars_llm.backends import cluster, on_nodes, weights
+    from polars_llm.backends.vllm import cluster, on_nodes, weights
 
     assert cluster.connect(None, 1) is ray
     secrets = on_nodes.Secrets({"PLLM_TOKEN": "arrived"})

@@ -71,6 +71,6 @@ def tiny(path: str, engine: dict[str, Any] | None = None, **options: Any) -> pll
 @pytest.fixture(scope="session", autouse=True)
 def no_engine_is_left() -> Iterator[None]:
     yield
-    from polars_llm.backends import engines
+    from polars_llm.backends.vllm import engines
 
     engines.close_all()

@@ -18,7 +18,7 @@ def questions(n: int) -> pl.DataFrame:
 
 
 def engine_of(model: pllm.VLLM):  # type: ignore[no-untyped-def]
-    from polars_llm.backends import engines, sampling
+    from polars_llm.backends.vllm import engines, sampling
 
     backend = model.backend()
     return engines.engine_for(backend._model, backend._arguments, endpoint=sampling.CHAT)
@@ -100,7 +100,7 @@ def test_the_users_random_numbers_go_on_as_if_no_engine_had_been_made(model_dir:
 
 
 def test_an_engine_closed_before_it_is_asked_takes_nothing(model_dir: str) -> None:
-    from polars_llm.backends import engines
+    from polars_llm.backends.vllm import engines
 
     model = tiny(model_dir, {"max_num_seqs": 6})
     closed = engine_of(model)

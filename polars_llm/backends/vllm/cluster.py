@@ -15,8 +15,8 @@ import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
-from polars_llm.backends import on_nodes, weights
-from polars_llm.backends.binding import OutOfMemory, is_memory
+from polars_llm.backends.vllm import on_nodes, weights
+from polars_llm.backends.vllm.binding import OutOfMemory, is_memory
 from polars_llm.errors import InvalidRequest, ProviderError
 
 __all__ = ["SMALL", "check_room", "connect", "disconnect", "failure", "look", "quiet"]

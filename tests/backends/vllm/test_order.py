@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from polars_llm.backends.order import Order, arrange, expected_lengths
+from polars_llm.backends.vllm.order import Order, arrange, expected_lengths
 
 ORDERS: list[Order] = ["auto", "prefix", "length", "input"]
 # Few letters and long repeats, so that texts share beginnings of all lengths.

@@ -15,9 +15,9 @@ import pytest
 
 import polars_llm as pllm
 from polars_llm.answer import FAILED, RETRY
-from polars_llm.backends import cluster, on_nodes
 from polars_llm.backends.base import Options
-from polars_llm.backends.ray import _refusal
+from polars_llm.backends.vllm import cluster, on_nodes
+from polars_llm.backends.vllm.ray import _refusal
 from polars_llm.request import Requests
 
 SECRET = "hf_NotForAnybody"

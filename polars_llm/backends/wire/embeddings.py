@@ -18,10 +18,10 @@ import msgspec
 import polars as pl
 
 from polars_llm.answer import DONE
-from polars_llm.backends import lines
 from polars_llm.backends.base import Options
-from polars_llm.backends.lines import merged, not_read, read_error
 from polars_llm.backends.replies import Reply
+from polars_llm.backends.wire import lines
+from polars_llm.backends.wire.lines import merged, not_read, read_error
 from polars_llm.errors import InvalidRequest
 from polars_llm.request import Json, RequestHeader, Requests
 

@@ -10,10 +10,10 @@ from typing import Any
 import polars as pl
 
 from polars_llm.answer import DONE, FAILED, RETRY
-from polars_llm.backends import engines, sampling
-from polars_llm.backends.engines import Ask, Finished, Refused
-from polars_llm.backends.own import LIVE_SCHEMA, OwnBackend, messages
 from polars_llm.backends.replies import Reply, after_ctrl_c
+from polars_llm.backends.vllm import engines, sampling
+from polars_llm.backends.vllm.backend import LIVE_SCHEMA, VLLMBackend, messages
+from polars_llm.backends.vllm.engines import Ask, Finished, Refused
 from polars_llm.request import Requests
 
 __all__ = ["VLLMLocal"]
@@ -24,14 +24,14 @@ _BLOCK_SECONDS = 1.0
 _PACK_TOKENS = 4_096
 
 
-class VLLMLocal(OwnBackend):
+class VLLMLocal(VLLMBackend):
     """One model and its settings; the engine is shared by all of this process that have the same.
 
     Its note is in tokens a second.
     """
 
     def __init__(self, model: str, *, arguments: Mapping[str, Any], **facts: Any) -> None:
-        """`arguments` are the engine's own; for the others see `OwnBackend`."""
+        """`arguments` are the engine's own; for the others see `VLLMBackend`."""
         super().__init__(model, **facts)
         self._arguments = arguments
 

@@ -9,10 +9,10 @@ import msgspec
 import polars as pl
 
 from polars_llm.answer import DONE
-from polars_llm.backends import lines
 from polars_llm.backends.base import Options
-from polars_llm.backends.lines import merged, not_read, read_error
 from polars_llm.backends.replies import Reply, decode, word
+from polars_llm.backends.wire import lines
+from polars_llm.backends.wire.lines import merged, not_read, read_error
 from polars_llm.images import Image, Link, of_rows, with_parts
 from polars_llm.request import Json, RequestHeader, Requests
 

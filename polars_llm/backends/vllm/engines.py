@@ -24,7 +24,7 @@ import traceback
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeAlias
 
-from polars_llm.backends import binding, sampling
+from polars_llm.backends.vllm import binding, sampling
 
 if TYPE_CHECKING:
     import vllm

@@ -12,10 +12,10 @@ from typing import Any
 import polars as pl
 
 from polars_llm.answer import DONE, FAILED, RETRY
-from polars_llm.backends import cluster, on_nodes, sampling
-from polars_llm.backends.on_nodes import ERROR, TEMPLATE_ERROR
-from polars_llm.backends.own import LIVE_SCHEMA, OwnBackend
 from polars_llm.backends.replies import Reply, after_ctrl_c, frame
+from polars_llm.backends.vllm import cluster, on_nodes, sampling
+from polars_llm.backends.vllm.backend import LIVE_SCHEMA, VLLMBackend
+from polars_llm.backends.vllm.on_nodes import ERROR, TEMPLATE_ERROR
 from polars_llm.errors import InvalidRequest, PolarsLLMError
 from polars_llm.request import Requests
 
@@ -33,7 +33,7 @@ _current = threading.Lock()
 _ANSWER = ("row", "text", "input_tokens", "output_tokens", "finish_reason", "vector", "seconds", ERROR)
 
 
-class RayCluster(OwnBackend):
+class RayCluster(VLLMBackend):
     """One model and its settings on a cluster; every run starts its engines anew."""
 
     def __init__(
@@ -52,7 +52,7 @@ class RayCluster(OwnBackend):
         **facts: Any,
     ) -> None:
         """`digest` is of a model on disk, `secrets` the environment that no log may show; for `facts` see
-        `OwnBackend`, for the others `pllm.RayVLLM`.
+        `VLLMBackend`, for the others `pllm.RayVLLM`.
         """
         super().__init__(model, **facts)
         self._digest = digest

@@ -10,16 +10,16 @@ import msgspec
 import polars as pl
 
 from polars_llm.answer import DONE
-from polars_llm.backends import sampling
 from polars_llm.backends.base import Options
-from polars_llm.backends.order import Order, arrange, expected_lengths
 from polars_llm.backends.replies import REPLY_SCHEMA
+from polars_llm.backends.vllm import sampling
+from polars_llm.backends.vllm.order import Order, arrange, expected_lengths
 from polars_llm.errors import InvalidRequest
 from polars_llm.job import Mode
 from polars_llm.request import Json, RequestHeader, Requests
 from polars_llm.schema.rules import VLLM, worded
 
-__all__ = ["LIVE_SCHEMA", "OwnBackend", "messages"]
+__all__ = ["LIVE_SCHEMA", "VLLMBackend", "messages"]
 
 # Earlier answers that say how long the next ones will be.
 _HISTORY = 10_000
@@ -32,7 +32,7 @@ LIVE_SCHEMA: Mapping[str, pl.DataType] = {
 """Columns of a block of replies."""
 
 
-class OwnBackend:
+class VLLMBackend:
     """A model of one's own and its settings; who runs it is for the subclass to say."""
 
     provider = "vllm"
