@@ -259,12 +259,19 @@ class Anthropic(_Hosted):
         Names of beta features (header ``anthropic-beta``), part of the key.
     prices
         Your own prices (`pllm.Prices`), where the bundled list does not know the model or the host.
+    cache_system
+        ``"5m"`` or ``"1h"``: ask for the system prompt to be kept that long in Anthropic's prompt cache,
+        where the other rows of the column find it: read at a tenth of the input price, written at 1.25
+        (``"5m"``) or 2 times of it; in a batch half of either. Whether a row finds it is up to the
+        provider: in a batch 30 to 98 % do, by its documentation. A prompt below the model's minimum (1,024
+        tokens or more) is not kept, and costs no more than before. It changes no answer, and is not part
+        of the key: answers from before stay valid. ``max_cost`` counts every row as a write.
 
     Raises
     ------
     InvalidRequest
         At call: an empty name, a `base_url` that is not an http address, an `api_version` that is
-        not a date.
+        not a date, another `cache_system`.
 
     Examples
     --------
@@ -275,6 +282,7 @@ class Anthropic(_Hosted):
 
     api_version: str = messages.API_VERSION
     betas: tuple[str, ...] = ()
+    cache_system: Literal["5m", "1h"] | None = None
 
     _own: ClassVar[str] = "https://api.anthropic.com"
     _base_url_variable: ClassVar[str] = "ANTHROPIC_BASE_URL"
@@ -289,16 +297,24 @@ class Anthropic(_Hosted):
         api_version: str = messages.API_VERSION,
         betas: Sequence[str] = (),
         prices: Prices | None = None,
+        cache_system: Literal["5m", "1h"] | None = None,
     ) -> None:
         self._set(name, base_url, api_key, cache_as, prices)
         messages.headers(api_version, betas)
+        messages.cache_mark(cache_system)
+        object.__setattr__(self, "cache_system", cache_system)
         object.__setattr__(self, "api_version", api_version)
         object.__setattr__(self, "betas", tuple(betas))
 
     def __repr__(self) -> str:
         host = normalise_base_url(self.base_url, own=self._own)
         version = self.api_version if self.api_version != messages.API_VERSION else None
-        facts = {"base_url": host, "api_version": version, "betas": list(self.betas)}
+        facts = {
+            "base_url": host,
+            "api_version": version,
+            "betas": list(self.betas),
+            "cache_system": self.cache_system,
+        }
         said = "".join(f", {field}={value!r}" for field, value in facts.items() if value)
         return f"Anthropic({self.name!r}{said})"
 
@@ -330,6 +346,7 @@ class Anthropic(_Hosted):
             headers=messages.headers(self.api_version, self.betas),
         )
         made.prices = self.prices
+        made.cache_system = self.cache_system
         return made
 
 

@@ -85,6 +85,8 @@ class AnthropicBatch:
     reply_timeout = 600.0
     """Seconds that an answer in realtime may take."""
     uploads = False
+    cache_system: messages.CacheSystem | None = None
+    """How long the provider's prompt cache is asked to keep system prompts; not in the key."""
 
     def __init__(
         self,
@@ -111,6 +113,11 @@ class AnthropicBatch:
     def __repr__(self) -> str:
         return f"AnthropicBatch({self._model!r}, base_url={self.base_url!r})"
 
+    @property
+    def writes_cache(self) -> bool:
+        """Writes to the provider's prompt cache cost more than plain input."""
+        return self.cache_system is not None
+
     def header(self, options: Options) -> RequestHeader:
         """What is constant over a column."""
         return RequestHeader(
@@ -125,7 +132,7 @@ class AnthropicBatch:
 
     def render(self, requests: Requests) -> Iterator[bytes]:
         """Lines of the request file: one element of the batch's ``requests`` each."""
-        return messages.render(requests)
+        return messages.render(requests, cache_system=self.cache_system)
 
     def upload(self, job: Job, path: Path) -> str:
         """Not needed: requests go with the call that creates the batch."""

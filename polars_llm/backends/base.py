@@ -166,6 +166,10 @@ class BatchBackend(Protocol):
         """The user's own prices, None for the bundled list."""
 
     @property
+    def writes_cache(self) -> bool:
+        """True if requests ask the provider to write its prompt cache, which may cost more than input."""
+
+    @property
     def mode(self) -> Mode:
         """``"batch"``."""
 
@@ -243,6 +247,10 @@ class LiveBackend(Protocol):
     @property
     def prices(self) -> Prices | None:
         """The user's own prices, None for the bundled list."""
+
+    @property
+    def writes_cache(self) -> bool:
+        """See `BatchBackend.writes_cache`."""
 
     @property
     def batch(self) -> BatchBackend | None:

@@ -64,6 +64,8 @@ class OpenAIBatch:
     reply_timeout = 600.0
     """Seconds that an answer in realtime may take."""
     uploads = True
+    writes_cache = False
+    """OpenAI's prompt cache works unasked."""
 
     def __init__(
         self,

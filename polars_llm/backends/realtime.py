@@ -65,6 +65,10 @@ class RealtimeHost(Protocol):
     def prices(self) -> Prices | None:
         """The user's own."""
 
+    @property
+    def writes_cache(self) -> bool:
+        """See `BatchBackend.writes_cache`."""
+
     def header(self, options: Options) -> RequestHeader:
         """What is constant over a column."""
 
@@ -128,6 +132,11 @@ class Realtime:
     def prices(self) -> Prices | None:
         """The user's own."""
         return self._host.prices
+
+    @property
+    def writes_cache(self) -> bool:
+        """See `BatchBackend.writes_cache`."""
+        return self._host.writes_cache
 
     @property
     def batch(self) -> BatchBackend | None:

@@ -63,7 +63,7 @@ def bound(
         mode="batch" if is_batch(backend) else "realtime",
         prices=backend.prices,
         base_url=backend.base_url,
-        body=header.body,
+        body={**header.body, "cache_control": True} if backend.writes_cache else header.body,
     )
 
 

@@ -259,6 +259,65 @@ def test_tools_that_the_provider_runs_are_refused_where_there_is_a_limit(provide
     assert provider.log() == []
 
 
+# --- the provider's prompt cache ----------------------------------------------------------------------
+
+LONG = "Answer as a careful reader of statements would. " * 60
+
+
+def claude(**options: Any) -> pllm.Anthropic:
+    return pllm.Anthropic("claude-haiku-5-5", **options)
+
+
+@pytest.mark.parametrize("mode", ["batch", "realtime"])
+def test_a_marked_system_prompt_is_paid_once_and_then_read(
+    provider: testing.Provider, list_prices: Callable[[str], None], mode: Literal["batch", "realtime"]
+) -> None:
+    list_prices("anthropic")
+
+    def paid(model: pllm.Anthropic, system: str) -> pl.DataFrame:
+        options = {"model": model, "system": system, "mode": mode, "on_pending": "wait", "max_concurrency": 1}
+        if mode == "batch":
+            del options["max_concurrency"]
+        return asked(frame(), output="full", **options).unnest("response").drop_nulls("key").unique("key")
+
+    plain, marked = paid(claude(), LONG), paid(claude(cache_system="1h"), LONG + "Please.")
+    assert plain["cached_input_tokens"].sum() == 0
+    assert (marked["cached_input_tokens"] > 0).sum() == 39  # all but the one that wrote it
+    assert marked["cost_usd"].sum() < 0.3 * plain["cost_usd"].sum()
+    written = marked.filter(pl.col("cached_input_tokens") == 0)["cost_usd"].item()
+    assert written > 1.5 * plain["cost_usd"].max()  # an hour's write is twice the input
+
+
+def test_marking_the_system_prompt_is_no_other_request(provider: testing.Provider) -> None:
+    first = asked(frame(), model=claude(), system=LONG, on_pending="wait")
+    again = asked(frame(), model=claude(cache_system="5m"), system=LONG, max_cost=0)
+    assert first.equals(again)
+    assert provider.bill().billed == 40
+
+
+@pytest.mark.parametrize("mode", ["batch", "realtime"])
+def test_the_bound_counts_every_row_as_a_write(
+    provider: testing.Provider, list_prices: Callable[[str], None], mode: Literal["batch", "realtime"]
+) -> None:
+    list_prices("anthropic")
+
+    def most(**options: Any) -> float:
+        row = estimated(frame(), model=claude(**options), system=LONG, mode=mode)
+        return float(row["cost_usd_max"])
+
+    plain, marked = most(), most(cache_system="1h")
+    assert 1.5 * plain < marked <= 2.2 * plain
+    with pytest.raises(pllm.BudgetExceeded):
+        asked(frame(), model=claude(cache_system="1h"), system=LONG, mode=mode, max_cost=1.2 * plain)
+    assert provider.bill().billed == 0
+
+
+def test_another_duration_is_refused() -> None:
+    with pytest.raises(pllm.InvalidRequest, match="'5m' or '1h'"):
+        claude(cache_system=True)
+    assert repr(claude(cache_system="1h")) == "Anthropic('claude-haiku-5-5', cache_system='1h')"
+
+
 # --- the budget of the cache --------------------------------------------------------------------------
 
 

@@ -39,6 +39,7 @@ class VLLMBackend:
     base_url: str | None = None
     mode: Mode = "local"
     prices = None
+    writes_cache = False
     batch = None
     note = ""
     """What is going on, for the progress bar."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, Literal, TypeAlias, get_args
 
 import msgspec
 import polars as pl
@@ -24,7 +24,9 @@ __all__ = [
     "API_VERSION",
     "ENDPOINT",
     "MAX_TOKENS",
+    "CacheSystem",
     "body",
+    "cache_mark",
     "custom_ids_of",
     "error_kind",
     "headers",
@@ -40,6 +42,8 @@ API_VERSION = "2026-10-21"
 
 MAX_TOKENS = 4_096
 """Tokens of an answer, thinking included, where the user sets no ``max_tokens``."""
+
+CacheSystem: TypeAlias = Literal["5m", "1h"]
 
 _VERSION = re.compile(r"\d{4}-\d{2}-\d{2}")
 _SAMPLING = ("temperature", "top_p", "top_k")
@@ -85,6 +89,25 @@ def versions(headers: Mapping[str, str]) -> dict[str, Any]:
         "api_version": headers.get("anthropic-version", API_VERSION),
         "betas": tuple(betas.split(",")) if betas else (),
     }
+
+
+def cache_mark(cache_system: CacheSystem | None) -> dict[str, Json]:
+    """What marks the end of the system prompt for the provider's cache; empty for None.
+
+    Raises
+    ------
+    InvalidRequest
+        At call: another duration.
+    """
+    if cache_system is None:
+        return {}
+    if cache_system not in get_args(CacheSystem):
+        raise InvalidRequest(
+            f"cache_system is {cache_system!r}",
+            hint="it takes '5m' or '1h': how long the provider keeps the system prompt between requests."
+            " Nothing was sent.",
+        )
+    return {"cache_control": {"type": "ephemeral", "ttl": cache_system}}
 
 
 def body(options: Options, *, api_version: str = API_VERSION) -> dict[str, Json]:
@@ -158,10 +181,11 @@ def _refused(what: str, why: str, hint: str) -> InvalidRequest:
     return InvalidRequest(f"{what} {why}", hint=f"{hint} Nothing was sent.")
 
 
-def render(requests: Requests) -> Iterator[bytes]:
+def render(requests: Requests, *, cache_system: CacheSystem | None = None) -> Iterator[bytes]:
     """Request lines, in the order of the rows: one element of a batch's ``requests`` each.
 
-    The constant parts are encoded once; only the texts are encoded per row.
+    With `cache_system` the end of each system prompt is marked for the provider's cache. The constant
+    parts are encoded once; only the texts are encoded per row.
 
     Raises
     ------
@@ -172,9 +196,10 @@ def render(requests: Requests) -> Iterator[bytes]:
     encode = msgspec.json.Encoder().encode
     start = b'","params":{"model":' + encode(requests.header.model) + b',"messages":'
     tail = _tail(requests.header)
+    mark = cache_mark(cache_system)
     for part in requests.frame.iter_slices(10_000):
         ids = part.select(custom_ids(pl.col("key"))).to_series().to_list()
-        for name, text in zip(ids, _inputs(part), strict=True):
+        for name, text in zip(ids, _inputs(part, mark), strict=True):
             yield b'{"custom_id":"' + name.encode() + start + text + tail
 
 
@@ -190,7 +215,7 @@ def _tail(header: RequestHeader) -> bytes:
     return b"," + encode(rest)[1:-1] + b',"output_config":{' + (config and config + b",") + format_ + b"}}"
 
 
-def _inputs(part: pl.DataFrame) -> Iterator[bytes]:
+def _inputs(part: pl.DataFrame, mark: Mapping[str, Json]) -> Iterator[bytes]:
     """Messages, and the system prompt behind them where there is one."""
     encode = msgspec.json.Encoder().encode
     columns = (part["prompt"].to_list(), part["kind"].to_list(), part["system"].to_list(), of_rows(part))
@@ -204,6 +229,8 @@ def _inputs(part: pl.DataFrame) -> Iterator[bytes]:
             text = encode(_spoken(msgspec.json.decode(prompt), blocks))
         else:
             text = b'[{"role":"user","content":' + encode(prompt) + b"}]"
+        if blocks:
+            blocks[-1] = {**blocks[-1], **mark}
         yield text + (b',"system":' + encode(blocks) if blocks else b"")
 
 

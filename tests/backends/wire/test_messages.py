@@ -156,6 +156,24 @@ def test_whole_conversations_go_as_they_are_but_for_their_system_prompt() -> Non
     assert both["system"] == [{"type": "text", "text": "s"}, {"type": "text", "text": "t"}]
 
 
+def test_only_the_end_of_the_system_prompt_is_marked_for_the_cache() -> None:
+    rows = [
+        row("hi"),
+        row("hi", ""),
+        row("hi", "Be brief."),
+        row(talk(("system", "a"), ("system", "b"), ("user", "c")), kind="m"),
+    ]
+    lines = messages.render(requests(rows), cache_system="1h")
+    none, empty, one, two = (json.loads(line)["params"] for line in lines)
+    mark = {"cache_control": {"type": "ephemeral", "ttl": "1h"}}
+    assert "system" not in none
+    assert "system" not in empty
+    assert one["system"] == [{"type": "text", "text": "Be brief.", **mark}]
+    assert two["system"] == [{"type": "text", "text": "a"}, {"type": "text", "text": "b", **mark}]
+    plain = [json.loads(line)["params"] for line in messages.render(requests(rows))]
+    assert [p["messages"] for p in plain] == [p["messages"] for p in (none, empty, one, two)]
+
+
 @pytest.mark.parametrize("turns", [[], [("system", "s")], [("user", "a"), ("assistant", "The answer is (")]])
 def test_a_conversation_must_end_with_the_user(turns: list[tuple[str, Any]]) -> None:
     with pytest.raises(InvalidRequest, match="Nothing was sent"):
