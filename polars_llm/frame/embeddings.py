@@ -9,6 +9,7 @@ import polars as pl
 
 from polars_llm.backends.base import Options
 from polars_llm.config import OnError, OnPending, settings
+from polars_llm.forks import refuse_hanging
 from polars_llm.frame.verbs import AskMode, Output, Verb, check_arguments, check_mode, policy
 from polars_llm.models import Model, resolve
 
@@ -50,6 +51,7 @@ def embed(
     max_concurrency: int | None = None,
 ) -> Verb:
     """Resolve a call of embed; the namespaces' docstrings say what each argument means."""
+    refuse_hanging()
     chosen = settings(on_pending=on_pending, on_error=on_error)
     check_arguments(name=name, output=output)
     check_mode(mode, max_concurrency)

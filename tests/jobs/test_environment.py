@@ -420,10 +420,17 @@ def evaluate(pipe=None, **options):
         pipe.send(said)
     return said
 
-def in_a_fork(**options):
+def embed(pipe):
+    try:
+        said = frame.llm.embed("prompt", model="openai/text-embedding-3-small").height
+    except pllm.PolarsLLMError as error:
+        said = type(error).__name__
+    pipe.send(said)
+
+def in_a_fork(target=evaluate, **options):
     context = multiprocessing.get_context("fork")
     ours, theirs = context.Pipe()
-    process = context.Process(target=evaluate, args=(theirs,), kwargs=options)
+    process = context.Process(target=target, args=(theirs,), kwargs=options)
     process.start()
     said = ours.recv() if ours.poll(30) else "hangs"
     process.join(10)
@@ -436,6 +443,7 @@ _FORKS_AFTER_USE = f"""
 print("the parent:", evaluate(on_pending="wait"), flush=True)
 in_a_fork(on_pending="wait")
 in_a_fork(on_pending="wait", sample=1)
+in_a_fork(embed)
 print("the parent:", evaluate(on_pending="wait"), flush=True)
 """
 _FORKS_BEFORE_USE = f"""
@@ -460,7 +468,7 @@ fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 @fork
 def test_a_fork_of_a_process_that_has_used_polars_is_refused(model: str, provider: testing.Provider) -> None:
     with Child(_FORKS_AFTER_USE, model) as child:
-        refused = ["the child: PolarsLLMError"] * 2
+        refused = ["the child: PolarsLLMError"] * 3
         assert child.lines() == ["the parent: 0", *refused, "the parent: 0"]
     check(provider, collected(model=model))
     assert provider.bill().batches == 1
