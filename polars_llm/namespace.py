@@ -108,6 +108,8 @@ class LLMLazyFrame:
 
         Raises
         ------
+        InvalidRequest
+            Another `on_pending`.
         JobsPending
             With ``on_pending="raise"``, while answers are missing.
         RequestsFailed
@@ -140,7 +142,7 @@ class LLMLazyFrame:
 
         Raises
         ------
-        JobsPending, RequestsFailed, UnansweredInput, ProviderError, CacheError
+        InvalidRequest, JobsPending, RequestsFailed, UnansweredInput, ProviderError, CacheError
             As for `collect`.
         """
         engine.sink(self._frame, lambda: self._frame.sink_parquet(path, **options), on_pending)

@@ -44,6 +44,7 @@ _turns = threading.Lock()
 
 def collect(lf: pl.LazyFrame, on_pending: OnPending, **options: Any) -> pl.DataFrame:
     """`LazyFrame.collect`, driven."""
+    _check_on_pending(on_pending)
     if options.get("background"):
         settle([lf], on_pending)
         return lf.collect(engine="streaming", **options)  # type: ignore[no-any-return]
@@ -53,8 +54,18 @@ def collect(lf: pl.LazyFrame, on_pending: OnPending, **options: Any) -> pl.DataF
 
 def sink(lf: pl.LazyFrame, write: Callable[[], None], on_pending: OnPending) -> None:
     """Drive `lf` to its end, and only then `write` it: no file is made of rows that are not all there."""
+    _check_on_pending(on_pending)
     if settle([lf], on_pending):
         _finally(write, [lf])
+
+
+def _check_on_pending(on_pending: object) -> None:
+    # Whatever is not known would be taken for "null": rows that are not there yet would be nulls.
+    if on_pending not in get_args(OnPending):
+        raise InvalidRequest(
+            f"on_pending is {on_pending!r}",
+            hint="on_pending takes 'raise', 'wait', 'null'. Nothing was sent.",
+        )
 
 
 def settle(plans: Sequence[pl.LazyFrame], on_pending: OnPending) -> bool:
@@ -286,11 +297,7 @@ class Engine(_StreamingEngine):  # type: ignore[misc]  # a class of Any
                 hint="lf.llm.collect() does the same without it. Nothing was sent.",
             )
         super().__init__()
-        if on_pending not in get_args(OnPending):
-            raise InvalidRequest(
-                f"on_pending is {on_pending!r}",
-                hint="on_pending takes 'raise', 'wait', 'null'. Nothing was sent.",
-            )
+        _check_on_pending(on_pending)
         self.on_pending = on_pending
 
     def __repr__(self) -> str:

@@ -565,9 +565,15 @@ def test_batches_are_sent_before_realtime_answers(labelling: testing.Provider) -
     assert calls.index("/v1/batches") < calls.index("/v1/chat/completions")
 
 
-def test_bad_arguments(labelling: testing.Provider) -> None:
+def test_bad_arguments(labelling: testing.Provider, own_cache: Path) -> None:
     with pytest.raises(pllm.InvalidRequest, match="on_pending is 'later'"):
         pllm.Engine(on_pending="later")  # type: ignore[arg-type]
+    query = mails().llm.generate("text")
+    with pytest.raises(pllm.InvalidRequest, match="on_pending is 'nul'"):
+        query.llm.collect(on_pending="nul")
+    with pytest.raises(pllm.InvalidRequest, match="on_pending is 'nul'"):
+        query.llm.sink_parquet(own_cache / "out.parquet", on_pending="nul")
+    assert labelling.log() == []
 
 
 # --- threads and signals ------------------------------------------------------------------------------
