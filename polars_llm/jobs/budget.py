@@ -27,6 +27,18 @@ _ENVELOPE = 512
 _OUTPUT_LIMITS = ("max_completion_tokens", "max_output_tokens", "max_tokens")
 _EMBEDDINGS = "/v1/embeddings"
 
+_UNKNOWN_COST = (
+    "set max_tokens (an answer without a limit has no price limit), give the model's prices"
+    " (pllm.OpenAI(NAME, prices=pllm.Prices(...))), or leave max_cost out (images, and tools that the"
+    " provider runs, have no bound)."
+)
+# Prices that are given now change nothing about answers that are stored, or jobs that are under way.
+_UNKNOWN_BEFORE = (
+    "jobs whose cost has no bound (pllm.jobs(open_only=True)) count at what they did cost once they are"
+    " collected. Answers whose price is not known (cost_usd is null in pllm.results()) stay so:"
+    " pllm.Config(max_cost=..., max_cost_since=datetime.datetime.now()) begins a budget without them."
+)
+
 
 def output_tokens_max(header: RequestHeader) -> int | None:
     """The longest answer, None if nothing limits it."""
@@ -153,15 +165,13 @@ def _spent(store: Store, since: datetime | None, open_jobs: set[str]) -> float |
 
 def _compare(cost: float | None, reserved: float | None, limit: float, what: str, name: str) -> None:
     if cost is None or reserved is None:
-        missing = "What these requests can cost" if cost is None else "What was spent before"
+        missing = "What these requests can cost" if cost is None else "What is in flight or was spent before"
         raise BudgetExceeded(
             f"{missing} is not known, and the {name} is {limit:,g} USD.",
             cost_usd=cost,
             max_cost=limit,
             reserved_usd=reserved or 0.0,
-            hint="set max_tokens (an answer without a limit has no price limit), give the model's prices"
-            " (pllm.OpenAI(NAME, prices=pllm.Prices(...))), or leave max_cost out (images, and tools that the"
-            " provider runs, have no bound). Nothing was sent.",
+            hint=f"{_UNKNOWN_COST if cost is None else _UNKNOWN_BEFORE} Nothing was sent.",
         )
     if cost + reserved <= limit:
         return

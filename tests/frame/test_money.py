@@ -347,6 +347,15 @@ def test_a_job_made_without_a_limit_counts_as_well() -> None:
             asked(frame(30))
 
 
+def test_what_cost_an_unknown_sum_is_left_out_by_a_date_as_the_hint_says(provider: testing.Provider) -> None:
+    asked(frame(5), model=pllm.OpenAI("gpt-6-luna"), on_pending="wait")  # a host here, and no prices
+    with pllm.Config(max_cost=100), pytest.raises(pllm.BudgetExceeded, match="max_cost_since=") as exceeded:
+        asked(frame(6))
+    assert "prices=" not in str(exceeded.value)  # they would change nothing
+    with pllm.Config(max_cost=100, max_cost_since=datetime.datetime.now()):
+        assert asked(frame(6), on_pending="wait")["response"].null_count() == 1
+
+
 _TWO = """
 import sys, polars as pl, polars_llm as pllm
 model = pllm.OpenAI("gpt-6-luna", prices=pllm.Prices(input=1, output=4))
