@@ -49,11 +49,6 @@ class State(StrEnum):
         """True while the job holds its keys: nobody else may send them."""
         return bool(_TRANSITIONS[self])
 
-    @property
-    def may_be_billed(self) -> bool:
-        """True if a batch exists at the provider, or may exist."""
-        return self in {State.CREATING, State.UNKNOWN, State.SUBMITTED, State.RUNNING, State.ENDED}
-
 
 _TRANSITIONS: dict[State, frozenset[State]] = {
     State.PLANNED: frozenset({State.UPLOADED, State.CREATING, State.RUNNING, State.RELEASED}),

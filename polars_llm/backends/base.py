@@ -318,7 +318,7 @@ _NOT_CONNECTED = Verdict(transient=True, account=False, uncertain=False)
 _REPLY_LOST = Verdict(transient=True, account=False, uncertain=True)
 _ACCOUNT = Verdict(transient=False, account=True, uncertain=False)
 
-# Codes that speak of the account whatever the status: provider documentation, see docs/providers.md.
+# Codes that speak of the account whatever the status, from OpenAI's and Anthropic's pages on errors.
 _ACCOUNT_KINDS = frozenset(
     {
         "insufficient_quota",

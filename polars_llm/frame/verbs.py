@@ -56,9 +56,12 @@ __all__ = [
     "Verb",
     "Wanted",
     "bring",
+    "check_arguments",
+    "check_mode",
     "classify",
     "generate",
     "needs",
+    "policy",
     "spent",
     "warn_of_unknown_prices",
 ]

@@ -15,7 +15,7 @@ from polars_llm.jobs.lookup import Policy
 from polars_llm.jobs.settle import settle
 from polars_llm.store import Store
 
-__all__ = ["create", "put_off", "submit"]
+__all__ = ["create", "put_off", "release", "submit"]
 
 
 def submit(job: Job, backend: BatchBackend, store: Store, policy: Policy, *, owner: str) -> Job:

@@ -10,7 +10,7 @@ import polars as pl
 
 from polars_llm.schema.shapes import Fields, Items, Leaf, Rules, Shape, refuse, rules_of
 
-__all__ = ["check_decimal", "fields_of", "named", "shape_of"]
+__all__ = ["check_decimal", "named", "shape_of"]
 
 _WHOLE = (pl.Int8, pl.Int16, pl.Int32, pl.Int64, pl.UInt8, pl.UInt16, pl.UInt32)
 _DIGITS, _PLACES = 38, 9

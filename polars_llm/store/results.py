@@ -251,7 +251,7 @@ class ParquetResults(IndexedResults):
         deadline = time.monotonic() + _RESTLESS_S
         while True:
             names = self._listed()
-            view = self._view or self._loaded(names)
+            view = self._view or self._loaded()
             if view.names != names:
                 view = self._extended(view, names)
             self._view = view
@@ -286,7 +286,7 @@ class ParquetResults(IndexedResults):
                 read.append(name)
         return pl.concat(entries) if entries else pl.DataFrame(), frozenset(read)
 
-    def _loaded(self, names: frozenset[str]) -> View:
+    def _loaded(self) -> View:
         loaded = None if self._names else key_index.load(self._directory / _INDEX)
         if loaded is None:
             return View()

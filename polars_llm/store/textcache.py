@@ -110,12 +110,6 @@ class TextCache(diskcache.Cache):  # type: ignore[misc]  # diskcache has no type
         self._txn_id = None
         self._sql("COMMIT")
 
-    def rollback(self) -> None:
-        """End the transaction; nothing was written. After some errors SQLite has done so itself."""
-        self._txn_id = None
-        if self._con.in_transaction:
-            self._sql("ROLLBACK")
-
     def under(self, *prefixes: str) -> list[tuple[str, str]]:
         """Keys that start with one of the prefixes, with their values, as of one moment."""
         where = " OR ".join(["key >= ? AND key < ?"] * len(prefixes))

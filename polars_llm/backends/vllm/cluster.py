@@ -1,6 +1,6 @@
 """What this library calls of Ray outside of a run: joining a cluster, whether there is room, its errors.
 
-Written for Ray 2.60 (docs/ray.md). Nothing but `backends.ray` imports it.
+Written for Ray 2.60 (docs/ray.md). For `ray.py` beside it, and for `RayVLLM.close`.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from polars_llm.backends.vllm import on_nodes, weights
 from polars_llm.backends.vllm.binding import OutOfMemory, is_memory
 from polars_llm.errors import InvalidRequest, ProviderError
 
-__all__ = ["SMALL", "check_room", "connect", "disconnect", "failure", "look", "quiet"]
+__all__ = ["SMALL", "check_accelerators", "check_room", "connect", "disconnect", "failure", "look", "quiet"]
 
 SMALL = 0.2
 """Of a CPU, for each stage beside the engine: a small cluster must not wait for itself."""

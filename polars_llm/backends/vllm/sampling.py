@@ -159,8 +159,7 @@ def embedding_body(options: Options, settings: Mapping[str, Json]) -> dict[str, 
             f"params={dict(options.params)!r}: an embedding by an engine takes none",
             hint="pooling is a setting: pllm.VLLM(..., engine={'pooler_config': ...}). Nothing was asked.",
         )
-    dimensions = getattr(options, "dimensions", None)
-    asked = {} if dimensions is None else {"dimensions": dimensions}
+    asked = {} if options.dimensions is None else {"dimensions": options.dimensions}
     return {**asked, "engine": dict(settings)}
 
 

@@ -33,6 +33,7 @@ __all__ = [
     "parse_lines",
     "read_reply",
     "render",
+    "versions",
 ]
 
 ENDPOINT = "/v1/messages"
