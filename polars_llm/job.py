@@ -4,13 +4,13 @@ The record is a frozen value; the ledger keeps it (`polars_llm.store.ledger`), t
 (`polars_llm.jobs`). Each arrow is one durable write::
 
     planned ─► uploaded ─► creating ─► submitted ─► ended ─► ingested
-       │          │          │  ▲          │
-       │          │          ▼  │          ├─► failed      the provider refused the whole batch
-       │          │        unknown         └─► deferred ─► creating   its queue is full: same file, later
-       └──────────┴──► released            nothing was created; the keys are free again
-    planned ─► running ─► ingested         no batch: answered while the process waits (realtime, an engine)
-                  └─────► released         it stopped; what was answered is kept, the other keys are free
-    creating, unknown, deferred, submitted, running, ended ──► abandoned       the user's way out
+    creating ─► unknown ─► submitted               the reply was lost; the batch was found at the provider
+    creating, submitted ─► deferred ─► creating    the provider's queue is full: the same file, later
+    submitted ─► failed                            the provider refused the whole batch
+    planned, uploaded, creating, unknown, deferred ─► released    nothing was created; the keys are free again
+    planned ─► running ─► ingested     no batch: answered while the process waits (realtime, an engine)
+    running ─► released                it stopped; what was answered is kept, the other keys are free
+    creating, unknown, deferred, submitted, running, ended ─► abandoned    the user's way out
 
 Providers without an upload step go from planned to creating.
 """
