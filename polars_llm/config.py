@@ -222,7 +222,7 @@ def _moment(value: date | datetime | None) -> datetime | None:
 def _seconds(value: float | str, name: str) -> float:
     try:
         seconds = float(value)
-    except ValueError:
+    except (TypeError, ValueError):
         seconds = -1.0
     if not 0 < seconds < float("inf"):
         raise InvalidRequest(

@@ -18,7 +18,7 @@ from polars_llm.errors import InvalidRequest
 if TYPE_CHECKING:
     from polars_llm.backends.vllm.local import VLLMLocal
 
-__all__ = ["VLLM", "OwnModel", "check"]
+__all__ = ["VLLM", "OwnModel", "check", "is_length"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, init=False, repr=False)
@@ -66,7 +66,7 @@ class OwnModel:
         for field in ("revision", "quantization"):
             check(field, others.get(field), isinstance(others.get(field), str), "text")
         length = others.get("vector_length")
-        check("vector_length", length, _is_length(length), "a whole number from 1 on")
+        check("vector_length", length, is_length(length), "a whole number from 1 on")
         facts = {
             "name": name,
             "engine": dict(engine or {}),
@@ -137,6 +137,7 @@ class OwnModel:
 
     def embedding(self, dimensions: int | None) -> tuple[Self, int | None, int]:
         """The same model for embeddings, what to ask it for, and the vectors' length."""
+        check("dimensions", dimensions, is_length(dimensions), "a whole number from 1 on")
         own = self.vector_length or _hidden_size(model_path(self.name))
         if dimensions is None and own is None:
             raise InvalidRequest(
@@ -258,7 +259,8 @@ def _is_price(value: object) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value < float("inf")
 
 
-def _is_length(value: object) -> bool:
+def is_length(value: object) -> bool:
+    """Can a vector have so many numbers?"""
     return isinstance(value, int) and not isinstance(value, bool) and value > 0
 
 

@@ -14,7 +14,7 @@ from polars_llm.backends.hosts import ANTHROPIC, Host, host_of, normalise_base_u
 from polars_llm.backends.wire import chat, embeddings, messages, responses
 from polars_llm.errors import InvalidRequest, ModelNotChosen
 from polars_llm.job import Job
-from polars_llm.local import VLLM
+from polars_llm.local import VLLM, check, is_length
 from polars_llm.pricing import Prices
 from polars_llm.ray_cluster import RayVLLM
 
@@ -149,7 +149,8 @@ class OpenAI(_Hosted):
     Raises
     ------
     InvalidRequest
-        At call: an empty name, a `base_url` that is not an http address, an unknown `host` or `endpoint`.
+        At call: an empty name, a `base_url` that is not an http address, an unknown `host` or `endpoint`,
+        a `vector_length` that is no length.
 
     Examples
     --------
@@ -186,6 +187,7 @@ class OpenAI(_Hosted):
                 hint="for embeddings call .llm.embed. Nothing was sent.",
             )
         object.__setattr__(self, "endpoint", endpoint)
+        check("vector_length", vector_length, is_length(vector_length), "a whole number from 1 on")
         object.__setattr__(self, "vector_length", vector_length)
 
     def __repr__(self) -> str:

@@ -512,7 +512,11 @@ def check_arguments(
         wrong = f"sample is {sample!r}, neither a whole number nor an expression"
     elif isinstance(sample, int) and sample < 0:
         wrong = f"sample is {sample}; samples count from 0"
-    elif max_tokens is not None and (isinstance(max_tokens, bool) or max_tokens < 1):
-        wrong = f"max_tokens is {max_tokens!r}; it must be at least 1"
+    elif max_tokens is not None and not _is_count(max_tokens):
+        wrong = f"max_tokens is {max_tokens!r}; it is a whole number from 1 up"
     if wrong:
         raise InvalidRequest(wrong, hint="see help(pl.DataFrame.llm.generate). Nothing was sent.")
+
+
+def _is_count(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and value >= 1 and value % 1 == 0

@@ -118,6 +118,14 @@ def test_a_local_model_says_its_length_without_being_loaded(df: pl.DataFrame) ->
     assert lf.collect_schema()["embedding"] == pl.Array(pl.Float32, 4)
     with pytest.raises(pllm.InvalidRequest, match="not known"):
         df.lazy().llm.embed("text", model="vllm/org/name")
+    with pytest.raises(pllm.InvalidRequest, match="dimensions is 0"):
+        df.lazy().llm.embed("text", model="vllm/org/name", dimensions=0)
+
+
+@pytest.mark.parametrize("length", [0, -3, 2.5, "8", True])
+def test_a_length_that_no_vector_has_is_said_at_once(length: Any) -> None:
+    with pytest.raises(pllm.InvalidRequest, match="vector_length is"):
+        pllm.OpenAI("own", vector_length=length)
 
 
 def test_full_says_what_each_cost(provider: testing.Provider, df: pl.DataFrame) -> None:

@@ -319,6 +319,8 @@ def test_a_missing_column_is_polars_own_error(provider: testing.Provider, df: pl
         {"on_pending": "later"},
         {"on_error": "ignore"},
         {"max_tokens": 0},
+        {"max_tokens": 5.5},
+        {"max_tokens": "5"},
         {"sample": -1},
         {"sample": 1.5},
         {"system": 3},
