@@ -63,6 +63,11 @@ def jobs(*, open_only: bool = False) -> pl.DataFrame:
         batch_id (the provider's), reason (why it waits or ended), cost_usd (of its stored answers;
         null while there are none, or if a price is not known, or where the results cannot be read: then
         it warns).
+
+    Raises
+    ------
+    CacheError
+        The ledger cannot be read.
     """
     store = _store()
     now = datetime.now(UTC)
@@ -119,6 +124,11 @@ def results(*, body: bool = False) -> pl.LazyFrame:
         input_tokens, cached_input_tokens, output_tokens, cost_usd, provider, model, job_id,
         received_at (UTC), vector (of an embedding), and body if asked for. Prompts are not kept: join
         on the key that ``output="full"`` gives.
+
+    Raises
+    ------
+    CacheError
+        At call or at collect: the results cannot be read.
     """
     status = pl.col("state").replace_strict(
         {DONE: "done", FAILED: "failed"}, default="retry", return_dtype=pl.String
@@ -206,6 +216,11 @@ def _find(job: str) -> Job:
 def watch(*, model: Model | None = None) -> pl.DataFrame:
     """One look at every open job: poll, fetch what has ended. What cron calls.
 
+    Parameters
+    ----------
+    model
+        A model object, where key or address do not come from the environment.
+
     Returns
     -------
     DataFrame
@@ -269,9 +284,11 @@ def recover(provider: str | Model) -> pl.DataFrame:
     Returns
     -------
     DataFrame
-        batch_id, outcome (recovered, incomplete, resumed, known, running, foreign, gone) and answers
-        (how many were new). Incomplete: the provider's files have fewer answers than it counts, also
-        after several downloads. What is missing was billed: recover again before sending it again.
+        batch_id, outcome and answers (how many were new). Outcomes: recovered; incomplete (the provider's
+        files have fewer answers than it counts, also after several downloads; what is missing was billed:
+        recover again before sending it again); resumed (a job again); running (recover again when it has
+        ended); known (an open job has it, or it was refused as a whole); foreign (not of this library);
+        gone (the provider no longer has its results).
 
     Raises
     ------

@@ -189,6 +189,9 @@ _EMBED = {
             {late}, with ``on_pending="raise"``, while vectors are missing.
         RequestsFailed
             {late}, with ``on_error="raise"``, if a request failed for good.
+        BudgetExceeded
+            {late}: it could cost more than `max_cost`, or than ``pllm.Config(max_cost=...)``. Nothing was
+            sent.
         ProviderError, CacheError
             {late}: the provider said no, or the cache directory cannot be used. The message says what
             happened to the money.
@@ -296,7 +299,11 @@ _ESTIMATE = """What a verb would send and cost. Nothing is sent.
         Raises
         ------
         ModelNotChosen, InvalidRequest
-            {late}, as for the verb.
+            {late}, as for the verb; another `verb`.
+        UnansweredInput
+            {late}: it reads answers that are not there yet.
+        CacheError
+            {late}: the cache directory cannot be read.
 
         Notes
         -----
@@ -306,6 +313,14 @@ _ESTIMATE = """What a verb would send and cost. Nothing is sent.
 
 
 def estimated(*, late: str) -> Callable[[F], F]:
+    """Give a method the docstring of estimate.
+
+    Parameters
+    ----------
+    late
+        When it works: what stands before what it raises.
+    """
+
     def dress(method: F) -> F:
         method.__doc__ = _ESTIMATE.replace("{late}", late)
         return method

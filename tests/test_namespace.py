@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from polars_llm import namespace
-from polars_llm.frame import verbs
+from polars_llm.frame import embeddings, verbs
 
 SPACES = [namespace.LLMDataFrame, namespace.LLMLazyFrame, namespace.LLMExpr, namespace.LLMSeries]
 
@@ -20,10 +20,11 @@ def keywords(function: Any) -> set[str]:
 def test_the_typed_keywords_are_those_of_the_verb() -> None:
     assert keywords(verbs.generate) == set(verbs.GenerateOptions.__annotations__)
     assert keywords(verbs.generate) - {"schema"} == set(verbs.CommonOptions.__annotations__)
+    assert keywords(embeddings.embed) == set(embeddings.EmbedOptions.__annotations__)
 
 
 @pytest.mark.parametrize("space", SPACES)
-@pytest.mark.parametrize("name", ["generate", "classify"])
+@pytest.mark.parametrize("name", ["generate", "classify", "embed"])
 def test_every_parameter_is_documented_where_it_is_taken(space: type, name: str) -> None:
     verb = getattr(space, name)
     section = verb.__doc__.partition("Parameters\n")[2].partition("Returns\n")[0]
