@@ -59,7 +59,8 @@ _VERB = """{task} {gives}.
             Ask the same thing again: each number is a request of its own. An int, or an expression of
             ints. With `seed`, sample *n* is sent with seed + *n*.
         retry_failed
-            Send again what failed for good. What failed for a passing reason is sent again anyway,
+            Send again what failed for good: an evaluation that finds no request of the column in flight
+            does so, and those that collect do not. What failed for a passing reason is sent again anyway,
             alone, up to three times in all.
         max_cost
             The most that this evaluation may cost, in USD, what it has in flight included. What may pass

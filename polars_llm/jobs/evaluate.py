@@ -171,7 +171,8 @@ def _advance_all(need: Need, store: Store, policy: Policy) -> Policy:
     before, _ = _holding(need.keys, store)
     for job in before:
         advance(job, need.backend, store, policy)
-    # A failure that came in just now was not there to be retried when this evaluation began.
+    # A failure that came in just now was not there to be retried when this evaluation began; and while one
+    # of several jobs is still open, whoever runs the line again to collect must not retry each time.
     return dataclasses.replace(policy, retry_failed=False) if before else policy
 
 

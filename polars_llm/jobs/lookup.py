@@ -32,7 +32,7 @@ class Policy:
     max_attempts
         How often a request is sent that failed for a passing reason, the first time included.
     retry_failed
-        Send again what failed for good.
+        Send again what failed for good, unless something of the evaluation is in flight: then it collects.
     max_cost
         The most that one evaluation may cost, in flight included, in USD.
     spent
