@@ -41,7 +41,7 @@ _BATCH = 100_000
 def on_frame(frame: pl.DataFrame, verb: Verb) -> pl.DataFrame:
     """The frame with the answers as a column."""
     for given in (verb.prompt, verb.images):
-        if isinstance(given, pl.Series) and given.len() not in {1, frame.height}:
+        if isinstance(given, pl.Series) and given.len() != frame.height:
             raise InvalidRequest(
                 f"The Series {given.name!r} has {given.len():,} rows and the frame {frame.height:,}",
                 hint="pass one value for each row of the frame. Nothing was sent.",

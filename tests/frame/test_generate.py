@@ -341,9 +341,10 @@ def test_bad_arguments_fail_at_the_call(provider: testing.Provider, df: pl.DataF
 def test_a_series_has_a_value_for_each_row_of_an_eager_frame(
     provider: testing.Provider, df: pl.DataFrame
 ) -> None:
-    short = pl.Series("short", ["p"] * (df.height + 1))
-    with pytest.raises(pllm.InvalidRequest, match=f"{df.height + 1} rows and the frame {df.height}"):
-        df.llm.generate(short, model=MODEL)
+    for rows in (1, df.height + 1):  # Polars broadcasts a Series of one value no longer
+        other = pl.Series("other", ["p"] * rows)
+        with pytest.raises(pllm.InvalidRequest, match=f"{rows} rows and the frame {df.height}"):
+            df.llm.generate(other, model=MODEL)
     with pytest.raises(pllm.InvalidRequest, match="lazy frame"):
         df.lazy().llm.generate(df["prompt"], model=MODEL)
     assert provider.bill().batches == 0
