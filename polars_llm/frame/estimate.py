@@ -14,7 +14,7 @@ from polars_llm.frame.embeddings import embed
 from polars_llm.frame.inputs import PROMPT
 from polars_llm.frame.verbs import Verb, classify, generate, warn_of_unknown_prices
 from polars_llm.jobs.budget import bound, output_tokens_max, sizes
-from polars_llm.jobs.lookup import in_flight, unanswered
+from polars_llm.jobs.lookup import in_flight, prefixes, unanswered
 from polars_llm.jobs.packing import pack
 from polars_llm.pricing import cost_usd
 from polars_llm.request import Requests
@@ -91,7 +91,9 @@ class _Seen:
     def add(self, rows: pl.DataFrame) -> None:
         found = self._verb.find(rows, self._verb.keys(rows))
         missing = self._verb.requests(rows, found).frame
-        found = found.drop("value", "reason", "retry", strict=False)
+        # Answered, and does not fit its schema: no retry_failed sends it again.
+        misfit = found["reason"].is_not_null() if "reason" in found.columns else pl.lit(False)
+        found = found.with_columns(misfit=misfit).drop("value", "reason", "retry", strict=False)
         self._rows += rows.height
         self._nulls += found["key"].null_count()
         self._found.append(found.drop_nulls("key").unique("key"))
@@ -101,28 +103,25 @@ class _Seen:
             self._known.append(found.with_columns(prompt=rows[PROMPT]).filter(done).unique("key"))
 
     def counts(self) -> dict[str, object]:
-        found = (
-            pl.concat(self._found).unique("key") if self._found else pl.DataFrame({"key": [], "state": []})
-        )
+        found = pl.concat(self._found).unique("key")
         open_keys = in_flight(self._verb.store)[1]["key"]
-        waiting = found["key"].is_in(open_keys.implode()) if found.height else pl.Series([], dtype=pl.Boolean)
-        again = unanswered(found, self._verb.policy)["key"].implode() if found.height else None
-        final = found.filter(pl.col("state") >= FAILED, ~waiting) if found.height else found
+        waiting = found["key"].is_in(open_keys.implode())
+        again = unanswered(found.filter(~pl.col("misfit")), self._verb.policy)["key"].implode()
+        final = found.filter(pl.col("state") >= FAILED, ~waiting)
         return {
             "rows": self._rows,
             "nulls": self._nulls,
             "unique": found.height,
-            "cached": found.filter(pl.col("state") == DONE, ~waiting).height if found.height else 0,
-            "in_flight": int(waiting.sum() or 0),
-            "failed": 0 if again is None else final.filter(~pl.col("key").is_in(again)).height,
+            "cached": found.filter(pl.col("state") == DONE, ~waiting).height,
+            "in_flight": int(waiting.sum()),
+            "failed": final.filter(~pl.col("key").is_in(again)).height,
         }
 
     def to_send(self) -> Requests:
         verb = self._verb
         frame = pl.concat(self._missing).unique("key", maintain_order=True)
         open_keys = in_flight(verb.store)[1]["key"]
-        first = pl.col("key").bin.slice(0, 16).bin.reinterpret(dtype=pl.UInt128, endianness="big")
-        return verb.distinct(frame.filter(~first.is_in(open_keys.implode())))
+        return verb.distinct(frame.filter(~prefixes(frame).is_in(open_keys.implode())))
 
     def known(self) -> pl.DataFrame:
         """Prompts that were answered, with their usage."""
