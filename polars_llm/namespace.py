@@ -99,7 +99,9 @@ class LLMLazyFrame:
             ``"raise"`` sends what can be sent and raises `JobsPending`; the same line goes on from there.
             ``"null"`` sends it and gives what is there. It takes the place of what the verbs say.
         **options
-            As for `polars.LazyFrame.collect`, less ``engine``: it is the streaming engine.
+            As for `polars.LazyFrame.collect`, less ``engine``: it is the streaming engine. With
+            ``background=True`` the answers are waited for before this returns, and ``"null"`` raises
+            `JobsPending` in the background while any is missing.
 
         Returns
         -------

@@ -286,6 +286,9 @@ class Engine(_StreamingEngine):  # type: ignore[misc]  # a class of Any
 
     Notes
     -----
+    In ``collect(background=True)`` and ``collect_batches`` rows come when this engine has done its part: with
+    ``on_pending="null"`` they raise `JobsPending` while answers are missing.
+
     While it is the active affinity, expressions are built with ``pushdown=True``. `polars.Engine` is an
     interface that Polars may change; ``lf.llm.collect()`` does the same and does not use it.
     """
