@@ -32,9 +32,6 @@ if TYPE_CHECKING:
 
 __all__ = ["Contended", "Missing", "Occurrence", "Scope", "Staged", "grouped", "inside", "mark"]
 
-# Plain evaluations that a thread remembers; one that is forgotten is known by nothing but its own calls.
-_REMEMBERED = 16
-
 
 class Contended(UnansweredInput):
     """The same frame is evaluated on two threads, and driven on one of them."""
@@ -99,12 +96,21 @@ class Staged:
 
 
 class Scope:
-    """One evaluation of a plan; `outer` are those that it is a part of."""
+    """One evaluation of a plan; `outer` are those that it is a part of.
+
+    One that is `lasting` stands for all evaluations on a thread that cannot be told apart.
+    """
 
     def __init__(
-        self, outer: Sequence[Scope] = (), staged: Staged | None = None, thread: int | None = None
+        self,
+        outer: Sequence[Scope] = (),
+        staged: Staged | None = None,
+        thread: int | None = None,
+        *,
+        lasting: bool = False,
     ) -> None:
         self.staged = staged
+        self._lasting = lasting
         # On which it is driven: parts of it run on others.
         self.thread: int = thread or (outer[0].thread if outer else threading.get_ident())
         self._outer = tuple(outer)
@@ -126,8 +132,8 @@ class Scope:
     def note(self, verb: Occurrence, *, answered: bool) -> None:
         """What a verb gave here is all it will give, or some of it only stands for answers to come."""
         if answered:
-            # In a driven pass one part of a column may be answered and another one not.
-            if self.staged is None:
+            # Within one evaluation one part of a column (a group) may be answered and another one not.
+            if self._lasting:
                 self._unanswered.discard(verb)
             return
         self._unanswered.add(verb)
@@ -195,10 +201,9 @@ class Scope:
 
 class _Here(threading.local):
     scope: Scope | None = None
-    plain: dict[tuple[int, int], Scope]
 
     def __init__(self) -> None:
-        self.plain = {}
+        self.plain = Scope(lasting=True)
 
 
 _here = _Here()
@@ -224,17 +229,36 @@ def _collect_in(frame: FrameType | None) -> FrameType | None:
 _ENGINE = ("lazyframe/engine.py", "lazyframe\\engine.py")
 
 
-def _evaluation(collect: FrameType | None) -> tuple[int, int]:
-    """What tells one call of `Engine.collect` from the next, as far as can be told."""
-    return id(collect), 0 if collect is None else id(collect.f_locals.get("lf"))
+def _evaluation(collect: FrameType) -> tuple[int, int]:
+    """What tells one call of `Engine.collect` from the next, as far as can be told from another thread."""
+    return id(collect), id(collect.f_locals.get("lf"))
 
 
 def _plain() -> Scope:
-    """The scope of the plain evaluation on this thread; the same one as long as it runs."""
-    scope = _here.plain.setdefault(_evaluation(_collecting()), Scope())
-    while len(_here.plain) > _REMEMBERED:
-        del _here.plain[next(iter(_here.plain))]
+    """The scope of the plain evaluation on this thread."""
+    collect = _collecting()
+    return _here.plain if collect is None else _scope_of(collect)
+
+
+# Names that a call's frame does not use are kept beside its own, as long as it runs (PEP 667). Its id tells
+# less: the next call of the same line may have it again.
+_SCOPE, _LINES = "__pllm_scope", "__pllm_lines"
+
+
+def _scope_of(collect: FrameType) -> Scope:
+    """The scope of the plain evaluation that this call is: it lives and ends with it."""
+    scope: Scope = collect.f_locals.setdefault(_SCOPE, Scope())
     return scope
+
+
+def _lines_of(collect: FrameType) -> list[str]:
+    """The description of the plan that this call collects."""
+    known = collect.f_locals
+    if _LINES not in known:
+        plan = known.get("lf")
+        known[_LINES] = plan.explain(optimized=False).splitlines() if isinstance(plan, pl.LazyFrame) else []
+    lines: list[str] = known[_LINES]
+    return lines
 
 
 class Occurrence:
@@ -282,7 +306,7 @@ class Occurrence:
             scopes = list(self._scopes)
             planned = dict(self._planned)
         if not scopes:
-            return [scope for _, scope in planned.values()] or [_plain()]
+            return [scope for _, scope in planned.values()] or self._of_collected() or [_plain()]
         driven = {scope.thread for scope in scopes if scope.staged is not None}
         if len(driven) > 1:
             raise Contended(
@@ -296,6 +320,10 @@ class Occurrence:
                 hint="run the same line again when the other one is done. Nothing was sent by this one.",
             )
         return scopes
+
+    def _of_collected(self) -> list[Scope]:
+        """Of plain evaluations whose plan shows this expression: groups are called on other threads."""
+        return [] if self.mark is None else [_scope_of(collect) for _, collect in _collected(self.mark)]
 
     def _collected_elsewhere(self, driven: set[int]) -> bool:
         return self.mark is not None and any(thread not in driven for thread, _ in _collected(self.mark))
@@ -347,20 +375,17 @@ def inside(expr: pl.Expr) -> frozenset[Occurrence]:
     return frozenset(_marked[m] for m in _MARK.findall(str(expr)) if m in _marked)
 
 
-def _collected(name: str) -> Iterator[tuple[int, list[str]]]:
-    """The threads that collect a plan with that mark just now, and its description."""
+def _collected(name: str) -> Iterator[tuple[int, FrameType]]:
+    """The threads that collect a plan with that mark just now, and the calls that do."""
     for thread, frame in stacks().items():
         collect = _collect_in(frame)
-        plan = collect.f_locals.get("lf") if collect is not None else None
-        if isinstance(plan, pl.LazyFrame):
-            lines = plan.explain(optimized=False).splitlines()
-            if any(name in line for line in lines):
-                yield thread, lines
+        if collect is not None and any(name in line for line in _lines_of(collect)):
+            yield thread, collect
 
 
 def grouped(name: str) -> bool:
     """Is the expression with that mark in a group_by or an over of the query that calls it?"""
-    return any(_is_grouped(name, lines) for _, lines in _collected(name))
+    return any(_is_grouped(name, _lines_of(collect)) for _, collect in _collected(name))
 
 
 def _is_grouped(name: str, lines: Sequence[str]) -> bool:

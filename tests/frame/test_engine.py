@@ -168,6 +168,42 @@ def test_an_expression_on_a_pending_answer_sends_nothing(engine: Any) -> None:
         assert sent(provider) == [4, 6]
 
 
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("engine", ["in-memory", "streaming"])
+def test_a_lazy_frame_goes_on_however_often_it_is_collected(labelling: testing.Provider, engine: Any) -> None:
+    """Each collect is an evaluation of its own, though its call may lie where the last one lay in memory."""
+    for sample in range(8):
+        with pllm.Config(on_pending="null"):
+            first = mails().with_columns(label=pl.col("text").llm.generate(sample=sample))
+            query = first.with_columns(letter=pl.col("label").fill_null("?").llm.generate(sample=sample))
+            missing = [query.collect(engine=engine)["letter"].null_count() for _ in range(4)]
+        assert missing == [6, 6, 0, 0]
+        assert labelling.bill().batches == 2 * (sample + 1)
+
+
+@pytest.mark.filterwarnings("ignore:.*stands in a group_by")
+@pytest.mark.parametrize("engine", ["in-memory", "streaming"])
+@pytest.mark.parametrize("known", ["a", "b"])
+@pytest.mark.parametrize("form", ["frame", "expression"])
+def test_what_reads_groups_waits_for_the_last_of_them(engine: Any, known: str, form: str) -> None:
+    """Groups are asked one by one, on other threads: that one is answered says nothing of the others."""
+    with testing.provider(model=label, auto=False) as provider, pllm.Config(on_pending="null"):
+        pl.DataFrame({"text": [known]}).llm.generate("text")
+        provider.finish()
+        groups = pl.LazyFrame({"group": [1, 2], "text": ["a", "b"]}).group_by("group", maintain_order=True)
+        query = groups.agg(label=pl.col("text").llm.generate().first())
+        prompt = pl.format("{}!", pl.col("label").fill_null("?"))
+        if form == "frame":
+            query = query.llm.generate(prompt, name="letter")
+        else:
+            query = query.with_columns(letter=prompt.llm.generate())
+        assert query.collect(engine=engine)["letter"].null_count() == 2
+        assert sent(provider) == [1, 1]
+        provider.finish()
+        query.collect(engine=engine)
+        assert sent(provider) == [1, 1, 2]
+
+
 def test_a_verb_that_raises_says_what_it_waits_for() -> None:
     with testing.provider(model=label, auto=False) as provider:
         pending = mails().llm.generate(pl.format("Label: {}", "text"), name="label", on_pending="null")
