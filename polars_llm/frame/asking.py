@@ -92,9 +92,16 @@ class InPlan:
             if any(verb.on_pending == "raise" for verb, _ in wanted):
                 raise _unanswered_input(wanted)
             return None
+        if self._untold and any(verb.on_pending == "null" for verb, _ in wanted):
+            raise _untold_input(wanted)
         pending = bring(wanted)
         self._note(answered=not pending.jobs)
         return pending
+
+    @property
+    def _untold(self) -> bool:
+        """Does nothing tell which evaluation it is, and so what they read?"""
+        return self.upstream is None and all(scope.lasting for scope in self._scopes)
 
     def want(self, wanted: Sequence[Wanted]) -> None:
         """Tell the driver what is missing."""
@@ -132,6 +139,16 @@ def _unanswered_input(wanted: Sequence[Wanted]) -> UnansweredInput:
         f"{names} reads answers that are not there yet.",
         hint="run the same line again later, or lf.llm.collect(), which waits for one after the other."
         " Nothing was sent for it.",
+    )
+
+
+def _untold_input(wanted: Sequence[Wanted]) -> UnansweredInput:
+    names = ", ".join(repr(verb.name) for verb, _ in wanted)
+    return UnansweredInput(
+        f"{names} is an expression with on_pending='null' in a query that runs in the background: whether it"
+        " reads answers that are not there yet cannot be known.",
+        hint="leave on_pending out, ask on the frame (lf.llm.generate(...)), or collect with"
+        " lf.llm.collect(). Nothing was sent for it.",
     )
 
 

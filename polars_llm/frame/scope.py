@@ -110,7 +110,7 @@ class Scope:
         lasting: bool = False,
     ) -> None:
         self.staged = staged
-        self._lasting = lasting
+        self.lasting = lasting
         # On which it is driven: parts of it run on others.
         self.thread: int = thread or (outer[0].thread if outer else threading.get_ident())
         self._outer = tuple(outer)
@@ -133,7 +133,7 @@ class Scope:
         """What a verb gave here is all it will give, or some of it only stands for answers to come."""
         if answered:
             # Within one evaluation one part of a column (a group) may be answered and another one not.
-            if self._lasting:
+            if self.lasting:
                 self._unanswered.discard(verb)
             return
         self._unanswered.add(verb)
@@ -252,11 +252,13 @@ def _scope_of(collect: FrameType) -> Scope:
 
 
 def _lines_of(collect: FrameType) -> list[str]:
-    """The description of the plan that this call collects."""
+    """The description of the plan, or plans, that this call collects."""
     known = collect.f_locals
     if _LINES not in known:
-        plan = known.get("lf")
-        known[_LINES] = plan.explain(optimized=False).splitlines() if isinstance(plan, pl.LazyFrame) else []
+        several = known.get("lfs")
+        plans = [known.get("lf"), *(several if isinstance(several, (list, tuple)) else ())]
+        told = (plan.explain(optimized=False) for plan in plans if isinstance(plan, pl.LazyFrame))
+        known[_LINES] = "\n".join(told).splitlines()
     lines: list[str] = known[_LINES]
     return lines
 
@@ -323,7 +325,9 @@ class Occurrence:
 
     def _of_collected(self) -> list[Scope]:
         """Of plain evaluations whose plan shows this expression: groups are called on other threads."""
-        return [] if self.mark is None else [_scope_of(collect) for _, collect in _collected(self.mark)]
+        calls = [] if self.mark is None else [collect for _, collect in _collected(self.mark)]
+        # A call that collects in the background returns at once: some expressions would find it, others not.
+        return [_scope_of(collect) for collect in calls if not collect.f_locals.get("background")]
 
     def _collected_elsewhere(self, driven: set[int]) -> bool:
         return self.mark is not None and any(thread not in driven for thread, _ in _collected(self.mark))

@@ -204,6 +204,29 @@ def test_what_reads_groups_waits_for_the_last_of_them(engine: Any, known: str, f
         assert sent(provider) == [1, 1, 2]
 
 
+@pytest.mark.filterwarnings("ignore:.*considered unstable")
+@pytest.mark.parametrize("how", ["async", "batches", "background"])
+def test_where_nothing_tells_what_an_expression_reads_null_is_refused(how: str) -> None:
+    async def awaited(query: pl.LazyFrame) -> pl.DataFrame:
+        return await query.collect_async()
+
+    ways: dict[str, Any] = {
+        "async": lambda query: asyncio.run(awaited(query)),
+        "batches": lambda query: list(query.collect_batches()),
+        "background": lambda query: query.collect(background=True).fetch_blocking(),
+    }
+    refused = (pllm.UnansweredInput, pl.exceptions.ComputeError)  # which it is before Polars 2.0
+    with testing.provider(model=label, auto=False) as provider, pllm.Config(on_pending="null"):
+        first = mails().with_columns(label=pl.col("text").llm.generate())
+        query = first.with_columns(letter=pl.col("label").fill_null("?").llm.generate())
+        with pytest.raises(refused, match="in the background"):
+            ways[how](query)
+        assert sent(provider) == []
+        frame = mails().llm.generate("text", name="label").llm.generate(pl.col("label").fill_null("?"))
+        ways[how](frame)
+        assert sent(provider) == [4]
+
+
 def test_a_verb_that_raises_says_what_it_waits_for() -> None:
     with testing.provider(model=label, auto=False) as provider:
         pending = mails().llm.generate(pl.format("Label: {}", "text"), name="label", on_pending="null")
