@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import subprocess
+import threading
 from pathlib import Path
 
 import polars as pl
@@ -126,3 +127,30 @@ def test_vectors_and_raw_texts(tmp_path: Path, model_dir: str, monkeypatch: pyte
     with pytest.warns(pllm.LLMWarning, match="empty_prompt 1"):
         there = texts.llm.generate("q", model=local(model_dir, raw=True), **asked)
     assert there["response"].equals(full["value"])
+
+
+def test_threads_share_one_cluster_which_outlives_them(model_dir: str, own_cache: Path) -> None:
+    pllm.RayVLLM("any").close()  # the first of the threads starts it
+    given: dict[str, pl.Series] = {}
+
+    def ask(name: str, numbers: range) -> None:
+        questions = pl.DataFrame({"q": [f"What is {n} times {n}?" for n in numbers]})
+        model = tiny(model_dir)
+        given[name] = questions.llm.generate(
+            "q", model=model, max_tokens=8, temperature=0, on_pending="wait"
+        )["response"]
+
+    threads = [
+        threading.Thread(target=ask, args=("first", range(40))),
+        threading.Thread(target=ask, args=("second", range(30, 60))),
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    ask("third", range(50, 70))  # Ray would have ended the process here
+    assert {name: answers.null_count() for name, answers in given.items()} == dict.fromkeys(given, 0)
+    assert given["first"][30:].to_list() == given["second"][:10].to_list()
+    assert given["second"][20:].to_list() == given["third"][:10].to_list()
+    # What two of them want is asked by one.
+    assert pllm.jobs().select(pl.col("requests").sum(), pl.col("done").sum()).row(0) == (70, 70)

@@ -13,6 +13,7 @@ import socket
 import threading
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import Future
 from typing import Any
 
 from polars_llm.backends.vllm import on_nodes, weights
@@ -36,6 +37,7 @@ _TOKEN = (
 _door = threading.RLock()
 _joined_by: int | None = None  # the process that called ray.init, if that was ours
 _joined_at: str | None = None  # as it was said: Ray itself says the address of the node
+_left = threading.Event()  # set when this process leaves the cluster that it started
 _quiet: dict[str, int] = {}
 _depth = 0
 
@@ -104,7 +106,7 @@ def connect(address: str | None, engines: int) -> Any:
         try:
             _knock(address)
             with quiet():
-                ray.init(address=address or "local", log_to_driver=False, logging_level="ERROR", **own)
+                _init(ray, address=address or "local", log_to_driver=False, logging_level="ERROR", **own)
         except (OSError, ValueError, RuntimeError, ray.exceptions.RayError) as error:
             said = _gist(_cause(error))
             raise ProviderError(
@@ -114,6 +116,33 @@ def connect(address: str | None, engines: int) -> Any:
             ) from None
         _joined_by, _joined_at = os.getpid(), address
         return ray
+
+
+def _init(ray: Any, **settings: Any) -> None:
+    """`ray.init` on a thread that lives as long as the cluster.
+
+    The kernel ends a cluster of this process together with the thread that started it (Ray asks it to, by
+    PR_SET_PDEATHSIG), and Ray's native code then ends the process, without a word. The main thread stays; one
+    of a server, or of an event loop's pool, may be gone in a second.
+    """
+    global _left
+    if threading.current_thread() is threading.main_thread():
+        ray.init(**settings)
+        return
+    _left = left = threading.Event()
+    started: Future[None] = Future()
+
+    def stay() -> None:
+        try:
+            ray.init(**settings)
+        except BaseException as error:  # noqa: BLE001  # raised where it was asked for
+            started.set_exception(error)
+            return
+        started.set_result(None)
+        left.wait()
+
+    threading.Thread(target=stay, name="polars_llm-ray", daemon=True).start()
+    started.result()
 
 
 def _knock(address: str | None) -> None:
@@ -141,6 +170,7 @@ def disconnect() -> None:
             with quiet():
                 _import().shutdown()
             _joined_by = _joined_at = None
+            _left.set()
 
 
 @contextlib.contextmanager

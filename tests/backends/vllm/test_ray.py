@@ -5,7 +5,9 @@ from __future__ import annotations
 import copy
 import os
 import pickle
+import threading
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -18,6 +20,7 @@ from polars_llm.answer import FAILED, RETRY
 from polars_llm.backends.base import Options
 from polars_llm.backends.vllm import cluster, on_nodes
 from polars_llm.backends.vllm.ray import _refusal
+from polars_llm.errors import ProviderError
 from polars_llm.request import Requests
 
 SECRET = "hf_NotForAnybody"
@@ -114,6 +117,38 @@ def test_the_same_address_joins_once(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not ray.joined
     with pytest.raises(pllm.InvalidRequest, match="has joined the cluster at"):
         joining(monkeypatch, FakeRay(), "head-node:6379", "another:6379")
+
+
+def test_the_thread_that_starts_a_cluster_lives_as_long(monkeypatch: pytest.MonkeyPatch) -> None:
+    started: list[threading.Thread] = []
+
+    class Ray(FakeRay):
+        def init(self, *, address: str, **settings: Any) -> None:
+            started.append(threading.current_thread())
+            super().init(address=address, **settings)
+
+    ray = Ray()
+    monkeypatch.setattr(cluster, "_import", lambda: ray)
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    user = threading.Thread(target=cluster.connect, args=(None, 1))
+    user.start()
+    user.join()
+    (thread,) = started
+    assert thread.is_alive()
+    assert thread.daemon
+    cluster.disconnect()
+    thread.join(5)
+    assert not thread.is_alive()
+    cluster.connect(None, 1)
+    assert started[1] is threading.main_thread()
+    cluster.disconnect()
+
+
+def test_what_keeps_a_cluster_from_starting_is_told_on_any_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cluster, "_import", lambda: FakeRay(fails=RuntimeError("no room")))
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    with ThreadPoolExecutor(1) as pool, pytest.raises(ProviderError, match="no room"):
+        pool.submit(cluster.connect, None, 1).result()
 
 
 def test_a_cluster_that_wants_a_token_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
