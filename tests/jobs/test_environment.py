@@ -361,6 +361,15 @@ SIGNALS = [
 posix = pytest.mark.skipif(sys.platform == "win32", reason="signals as POSIX has them")
 
 
+def ended_by(process: subprocess.Popen[Any], number: signal.Signals) -> int:
+    """The exit status; a signal whose handler raises inside a finalizer is forgotten, by Python itself."""
+    for _ in range(3):
+        process.send_signal(number)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            return process.wait(5)
+    raise AssertionError(f"{number} does not end it")
+
+
 @posix
 @pytest.mark.parametrize("fault", ["create-then-hold", "hold"])
 @pytest.mark.parametrize(("number", "handler", "code"), SIGNALS)
@@ -370,22 +379,12 @@ def test_a_signal_while_submitting(
     held = provider.fault(fault, operation="*batches.create", seconds=30)
     with Child(_PROCESS, model, handler) as child:
         assert provider.held(held, seconds=30) == 1
-        child.process.send_signal(number)
-        assert child.process.wait(10) == code
+        assert ended_by(child.process, number) == code
         provider.release(held)  # what was on its way arrives
         if number == signal.SIGINT:
             assert "job_" in child.line()
     check(provider, collected(model=model))
     assert provider.bill().batches == 1
-
-
-def ended_by(process: subprocess.Popen[Any], number: signal.Signals) -> int:
-    """The exit status; a signal whose handler raises in the callback of a weak reference is forgotten."""
-    for _ in range(3):
-        process.send_signal(number)
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            return process.wait(5)
-    raise AssertionError(f"{number} does not end it")
 
 
 @posix
