@@ -87,13 +87,13 @@ class InPlan:
         if self.staged is not None:
             self._stage(wanted, self.staged)
             return None
+        if self._untold and any(verb.on_pending == "null" for verb, _ in wanted):
+            raise _untold_input(wanted)
         if self.blocked:
             self._note(answered=False)
             if any(verb.on_pending == "raise" for verb, _ in wanted):
-                raise _unanswered_input(wanted)
+                raise _unanswered_input(wanted, "may read" if self._untold else "reads")
             return None
-        if self._untold and any(verb.on_pending == "null" for verb, _ in wanted):
-            raise _untold_input(wanted)
         pending = bring(wanted)
         self._note(answered=not pending.jobs)
         return pending
@@ -101,7 +101,7 @@ class InPlan:
     @property
     def _untold(self) -> bool:
         """Does nothing tell which evaluation it is, and so what they read?"""
-        return self.upstream is None and all(scope.lasting for scope in self._scopes)
+        return self.upstream is None and not any(scope.told for scope in self._scopes)
 
     def want(self, wanted: Sequence[Wanted]) -> None:
         """Tell the driver what is missing."""
@@ -133,10 +133,10 @@ class InPlan:
             self.upstream.close()
 
 
-def _unanswered_input(wanted: Sequence[Wanted]) -> UnansweredInput:
+def _unanswered_input(wanted: Sequence[Wanted], reads: str) -> UnansweredInput:
     names = ", ".join(repr(verb.name) for verb, _ in wanted)
     return UnansweredInput(
-        f"{names} reads answers that are not there yet.",
+        f"{names} {reads} answers that are not there yet.",
         hint="run the same line again later, or lf.llm.collect(), which waits for one after the other."
         " Nothing was sent for it.",
     )

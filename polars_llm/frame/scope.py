@@ -96,21 +96,15 @@ class Staged:
 
 
 class Scope:
-    """One evaluation of a plan; `outer` are those that it is a part of.
+    """One evaluation of a plan; `outer` are those that it is a part of."""
 
-    One that is `lasting` stands for all evaluations on a thread that cannot be told apart.
-    """
+    told = True
+    """Calls are known to belong to it."""
 
     def __init__(
-        self,
-        outer: Sequence[Scope] = (),
-        staged: Staged | None = None,
-        thread: int | None = None,
-        *,
-        lasting: bool = False,
+        self, outer: Sequence[Scope] = (), staged: Staged | None = None, thread: int | None = None
     ) -> None:
         self.staged = staged
-        self.lasting = lasting
         # On which it is driven: parts of it run on others.
         self.thread: int = thread or (outer[0].thread if outer else threading.get_ident())
         self._outer = tuple(outer)
@@ -131,15 +125,17 @@ class Scope:
 
     def note(self, verb: Occurrence, *, answered: bool) -> None:
         """What a verb gave here is all it will give, or some of it only stands for answers to come."""
-        if answered:
-            # Within one evaluation one part of a column (a group) may be answered and another one not.
-            if self.lasting:
-                self._unanswered.discard(verb)
-            return
-        self._unanswered.add(verb)
+        # Within one evaluation one part of a column (a group) may be answered and another one not.
+        if not answered:
+            self._unanswered.add(verb)
         for scope in self._outer:
-            scope._in_parts.add(verb)
-            scope.note(verb, answered=False)
+            scope.note_part(verb, answered=answered)
+
+    def note_part(self, verb: Occurrence, *, answered: bool) -> None:
+        """The same, of a part of this evaluation."""
+        if not answered:
+            self._in_parts.add(verb)
+            self.note(verb, answered=False)
 
     def blocks(self, verb: Occurrence) -> bool:
         """May the verb read what another one left unanswered? It may unless the plan shows otherwise."""
@@ -199,14 +195,49 @@ class Scope:
             self._plans.append(at)
 
 
+class _Background(Scope):
+    """All plain evaluations that Polars runs in the background: nothing there tells them apart.
+
+    A verb that is called for one of them may read what any of them left unanswered, as long as that plan
+    lives.
+    """
+
+    told = False
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._waiting: set[weakref.ref[Occurrence]] = set()
+
+    @property
+    def complete(self) -> bool:
+        """Nothing is left unanswered."""
+        return not self._others(None)
+
+    def note(self, verb: Occurrence, *, answered: bool) -> None:
+        """What the verb gave last is all it will give, or not."""
+        if answered:
+            self._waiting.discard(weakref.ref(verb))
+        else:
+            self._waiting = {at for at in tuple(self._waiting) if at() is not None} | {weakref.ref(verb)}
+
+    def note_part(self, verb: Occurrence, *, answered: bool) -> None:
+        """The same."""
+        self.note(verb, answered=answered)
+
+    def blocks(self, verb: Occurrence) -> bool:
+        """May the verb read what another one left unanswered?"""
+        return bool(self._others(verb))
+
+    def _others(self, verb: Occurrence | None) -> set[Occurrence | None]:
+        return {at() for at in tuple(self._waiting)} - {None, verb}
+
+
 class _Here(threading.local):
     scope: Scope | None = None
 
-    def __init__(self) -> None:
-        self.plain = Scope(lasting=True)
-
 
 _here = _Here()
+_background = _Background()
 
 
 def _collecting() -> FrameType | None:
@@ -237,7 +268,7 @@ def _evaluation(collect: FrameType) -> tuple[int, int]:
 def _plain() -> Scope:
     """The scope of the plain evaluation on this thread."""
     collect = _collecting()
-    return _here.plain if collect is None else _scope_of(collect)
+    return _background if collect is None else _scope_of(collect)
 
 
 # Names that a call's frame does not use are kept beside its own, as long as it runs (PEP 667). Its id tells
@@ -288,8 +319,8 @@ class Occurrence:
             self.join(_here.scope)
             return
         collect = _collecting()
-        if collect is None:
-            return  # a thread of Polars, at work on something that was planned before
+        if collect is None or collect.f_locals.get("background"):
+            return  # a thread of Polars, at work on something that was planned before; or it will be one
         with self._lock:
             self._planned = {t: p for t, p in self._planned.items() if _at_work(t, p[0])}
             self._planned[threading.get_ident()] = (_evaluation(collect), _plain())

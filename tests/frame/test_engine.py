@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import inspect
 import os
 import select
@@ -205,27 +206,63 @@ def test_what_reads_groups_waits_for_the_last_of_them(engine: Any, known: str, f
         assert sent(provider) == [1, 1, 2]
 
 
-@pytest.mark.filterwarnings("ignore:.*considered unstable")
-@pytest.mark.parametrize("how", ["async", "batches", "background"])
-def test_where_nothing_tells_what_an_expression_reads_null_is_refused(how: str) -> None:
-    async def awaited(query: pl.LazyFrame) -> pl.DataFrame:
-        return await query.collect_async()
+async def _awaited(query: pl.LazyFrame) -> pl.DataFrame:
+    return await query.collect_async()
 
-    ways: dict[str, Any] = {
-        "async": lambda query: asyncio.run(awaited(query)),
-        "batches": lambda query: list(query.collect_batches()),
-        "background": lambda query: query.collect(background=True).fetch_blocking(),
-    }
+
+IN_BACKGROUND: dict[str, Any] = {
+    "async": lambda query: asyncio.run(_awaited(query)),
+    "batches": lambda query: pl.concat(query.collect_batches()),
+    "background": lambda query: query.collect(background=True).fetch_blocking(),
+}
+
+
+@pytest.mark.filterwarnings("ignore:.*considered unstable")
+@pytest.mark.parametrize("how", IN_BACKGROUND)
+def test_where_nothing_tells_what_an_expression_reads_null_is_refused(how: str) -> None:
     refused = (pllm.UnansweredInput, pl.exceptions.ComputeError)  # which it is before Polars 2.0
     with testing.provider(model=label, auto=False) as provider, pllm.Config(on_pending="null"):
         first = mails().with_columns(label=pl.col("text").llm.generate())
         query = first.with_columns(letter=pl.col("label").fill_null("?").llm.generate())
         with pytest.raises(refused, match="in the background"):
-            ways[how](query)
+            IN_BACKGROUND[how](query)
         assert sent(provider) == []
         frame = mails().llm.generate("text", name="label").llm.generate(pl.col("label").fill_null("?"))
-        ways[how](frame)
+        IN_BACKGROUND[how](frame)
         assert sent(provider) == [4]
+
+
+@pytest.mark.filterwarnings("ignore:.*considered unstable")
+@pytest.mark.parametrize("how", IN_BACKGROUND)
+def test_in_the_background_an_expression_waits_for_whatever_waits_there(how: str) -> None:
+    refused = (pllm.UnansweredInput, pl.exceptions.ComputeError)  # which it is before Polars 2.0
+    run = IN_BACKGROUND[how]
+    with testing.provider(model=label, auto=False) as provider:
+        first = mails().llm.generate("text", name="label", on_pending="null")
+        query = first.with_columns(letter=pl.col("label").fill_null("?").llm.generate(on_pending="raise"))
+        for _ in range(2):
+            with pytest.raises(refused, match="may read answers that are not there yet"):
+                run(query)
+            assert sent(provider) == [4]
+        # Whose plan is gone, nobody reads.
+        other = pl.LazyFrame({"text": ["x"]}).with_columns(pl.col("text").llm.generate(on_pending="raise"))
+        with pytest.raises(refused, match="may read"):
+            run(other)
+        provider.finish()
+        del first, query
+        gc.collect()
+        pending = (pllm.JobsPending, pl.exceptions.ComputeError)
+        with pytest.raises(pending, match="run the same line again"):
+            run(other)
+        assert sent(provider) == [4, 1]
+        provider.finish()
+        assert run(other)["response"].to_list() == ["X"]
+        # What was answered since does not hold anything up.
+        first = mails().llm.generate("text", name="label", on_pending="null")
+        query = first.with_columns(letter=pl.col("label").fill_null("?").llm.generate(on_pending="raise"))
+        with pytest.raises(pending, match="run the same line again"):
+            run(query)
+        assert len(sent(provider)) == 3
 
 
 def test_a_verb_that_raises_says_what_it_waits_for() -> None:
