@@ -64,7 +64,7 @@ class Spool:
             file.write(content)
 
         self._write(self._path(job_id, "keys.arrow"), write)
-        self._prefixes.pop(job_id, None)
+        self._prefixes[job_id] = _prefixes(frame.with_columns(job_id=pl.lit(job_id)))
 
     def has_keys(self, job_id: str) -> bool:
         """Is the keys file there?"""
@@ -98,6 +98,12 @@ class Spool:
                 known = self._prefixes[job_id] = _prefixes(self.keys([job_id]))
             frames.append(known)
         return pl.concat(frames) if frames else pl.DataFrame(schema={"key": pl.UInt128, "job_id": pl.String})
+
+    def prefixes_in_memory(self, job_ids: Iterable[str]) -> list[list[int]] | None:
+        """The keys of each, without any work for Polars' threads; None if a file had to be read for that."""
+        frames = [self._prefixes.get(job_id) for job_id in job_ids]
+        known = [frame["key"].to_list() for frame in frames if frame is not None]
+        return known if len(known) == len(frames) else None
 
     def requests_path(self, job_id: str) -> Path:
         """The request file."""

@@ -88,6 +88,19 @@ class TestKeys:
         spool.write_keys(ONE, frame("c"))
         assert spool.key_prefixes([ONE])["key"].to_list() == [int.from_bytes(b"c".ljust(16, b"."), "big")]
 
+    def test_what_is_in_memory_needs_no_file(self, spool: Spool) -> None:
+        spool.write_keys(ONE, frame("a", "b"))
+        keys = spool.key_prefixes([ONE])["key"].to_list()
+        assert spool.prefixes_in_memory([ONE]) == [keys]
+        assert spool.prefixes_in_memory([]) == []
+        assert spool.prefixes_in_memory([ONE, TWO]) is None
+        other = Spool(spool.requests_path(ONE).parent)
+        assert other.prefixes_in_memory([ONE]) is None
+        other.key_prefixes([ONE])
+        assert other.prefixes_in_memory([ONE]) == [keys]
+        spool.remove(ONE)
+        assert spool.prefixes_in_memory([ONE]) is None
+
     def test_threads_may_share_it(self, spool: Spool) -> None:
         for job in (ONE, TWO):
             spool.write_keys(job, frame(job))
@@ -101,9 +114,10 @@ class TestKeys:
         for job in (ONE, TWO):
             spool.write_keys(job, frame(job))
         made, found = spool_module._prefixes, []
+        other = Spool(spool.requests_path(ONE).parent)
 
         def ask() -> None:
-            found.append(spool.key_prefixes([ONE, TWO]).rows())
+            found.append(other.key_prefixes([ONE, TWO]).rows())
 
         def made_while_another_verb_runs(keys: pl.DataFrame) -> pl.DataFrame:
             # A thread of Polars runs other calls while it waits for part of a query.
