@@ -276,7 +276,7 @@ class _Process:
     def __init__(self) -> None:
         self.pid = os.getpid()
         self.turn = threading.RLock()
-        self.opening = threading.Lock()
+        self.opening = threading.RLock()  # a signal's handler may ask for the jobs
         self.local = _Thread()
         self.cache: TextCache | None = None
         self.identity: tuple[int, int] | None = None
