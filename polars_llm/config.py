@@ -52,7 +52,7 @@ class Settings:
     max_cost_since: datetime | None
 
 
-_lock = threading.Lock()
+_lock = threading.RLock()  # re-entrant: a signal's handler may come in between
 _chosen: dict[str, Any] = {}
 
 

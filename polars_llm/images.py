@@ -274,7 +274,10 @@ def _bytes_of(item: str, row: int | None) -> bytes:
             hint="give a path, an http(s) address, a data URL, or the bytes themselves. Nothing was sent.",
         )
     try:
-        return Path(item).expanduser().read_bytes()
+        path = Path(item).expanduser()
+        if not (path.is_file() or path.is_dir()) and path.exists():
+            raise ValueError("it is no file")  # reading a pipe waits for somebody who writes
+        return path.read_bytes()
     except (OSError, ValueError, RuntimeError) as error:
         why = error.strerror if isinstance(error, OSError) else error
         raise InvalidRequest(

@@ -42,7 +42,7 @@ class PerProcess(Generic[C]):
     def __init__(self, connect: Callable[[], C]) -> None:
         self._connect = connect
         self._clients: dict[tuple[int, int], C] = {}
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()  # a signal's handler may ask the same provider
 
     def get(self) -> C:
         """This process' and thread's client."""

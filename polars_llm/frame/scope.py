@@ -68,7 +68,7 @@ class Staged:
     places: set[int] = dataclasses.field(default_factory=set)
     blocked: set[int] = dataclasses.field(default_factory=set)
     failures: list[tuple[Verb, Failures]] = dataclasses.field(default_factory=list)
-    lock: threading.Lock = dataclasses.field(default_factory=threading.Lock)
+    lock: threading.RLock = dataclasses.field(default_factory=threading.RLock)
 
     def want(self, place: Occurrence, wanted: Sequence[tuple[Verb, Requests]]) -> None:
         """These have no answer; they are sent when the pass is over."""
@@ -308,7 +308,8 @@ class Occurrence:
         self.mark: str | None = None
         self._scopes: list[Scope] = []
         self._planned: dict[int, tuple[tuple[int, int], Scope]] = {}
-        self._lock = threading.Lock()
+        # Re-entrant: a generator that the garbage collector closes may come in between, and leave.
+        self._lock = threading.RLock()
 
     def __reduce__(self) -> tuple[Any, ...]:
         return type(self), ()  # another process has evaluations of its own

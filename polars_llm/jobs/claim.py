@@ -1,15 +1,17 @@
 """Which requests are ours to send, decided in one transaction.
 
 A claim is a job record with its keys file: from then on nobody else sends these keys. Files are
-written first and mean nothing without the record, so the transaction itself is short.
+written first and mean nothing without the record, and what is answered or claimed is looked up before: so the
+transaction itself is short, and Polars does nothing in it.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from datetime import UTC, datetime
-from itertools import chain
 
 import polars as pl
 
@@ -24,6 +26,9 @@ from polars_llm.request import Requests
 from polars_llm.store import Store
 
 __all__ = ["batches", "claim", "one_run"]
+
+# Where others claim all the time, looking up may take longer than any of them leaves: then they wait.
+_MOST_LOOKS = 10
 
 
 def claim(
@@ -51,19 +56,9 @@ def claim(
     wanted = [r for r in requests if r.height]
     while wanted:
         jobs = list(draft(wanted))
-        with store.ledger.transaction():
-            taken = _taken(wanted, store, policy)
-            if taken.is_empty():
-                try:
-                    _check_budget(jobs, store, policy)
-                except BudgetExceeded:
-                    for job in jobs:
-                        store.spool.remove(job.id)
-                    raise
-                for job in jobs:
-                    _check_files(job, store)
-                    store.ledger.put(job)
-                return jobs, wanted
+        taken = _claimed(jobs, wanted, store, policy)
+        if taken is None:
+            return jobs, wanted
         # Somebody was quicker with some of them: leave those, and pack the rest again.
         for job in jobs:
             store.spool.remove(job.id)
@@ -72,8 +67,64 @@ def claim(
     return [], []
 
 
+def _claimed(
+    jobs: Sequence[Job], wanted: Sequence[Requests], store: Store, policy: Policy
+) -> pl.Series | None:
+    """Enter the jobs into the ledger; or key prefixes that somebody else has by now, and nothing is entered.
+
+    It is not looked up inside of the transaction: Polars may need a thread that waits for that one, and may
+    run another verb on this thread meanwhile, which would be inside of it as well. What was looked up before
+    holds if the jobs that came since hold other keys, and those are compared without Polars.
+    """
+    keys = pl.concat([prefixes(r.frame) for r in wanted])
+    for number in itertools.count():
+        with contextlib.ExitStack() as alone:
+            if number >= _MOST_LOOKS:
+                alone.enter_context(store.ledger.transaction())
+            before = _jobs_now(store)
+            taken = _taken(keys, store, policy)
+            if not taken.is_empty():
+                return taken
+            try:
+                _check_budget(jobs, store, policy)
+            except BudgetExceeded:
+                for job in jobs:
+                    store.spool.remove(job.id)
+                raise
+            with store.ledger.transaction():
+                if _still_holds(before, keys, store, policy):
+                    for job in jobs:
+                        _check_files(job, store)
+                        store.ledger.put(job)
+                    return None
+    raise AssertionError("unreachable")
+
+
+def _jobs_now(store: Store) -> tuple[int, set[str]]:
+    """How many jobs there are, and which of them are open, at one moment."""
+    while True:
+        count = store.ledger.count()
+        names = {job.id for job in store.ledger.jobs(open_only=True)}
+        if store.ledger.count() == count:
+            return count, names
+
+
+def _still_holds(before: tuple[int, set[str]], keys: pl.Series, store: Store, policy: Policy) -> bool:
+    """Has nobody claimed any of these keys since? False also where that is not known."""
+    count, names = before
+    more = store.ledger.count() - count
+    if not more:
+        return True
+    new = {job.id for job in store.ledger.jobs(open_only=True)} - names
+    if policy.budget is not None or len(new) != more:
+        return False  # it was closed since: what it held is in the results
+    held = store.spool.prefixes_in_memory(new)
+    # Lists of Python: whatever else Polars does, it does on its own threads.
+    return held is not None and set(keys.to_list()).isdisjoint(itertools.chain.from_iterable(held))
+
+
 def _check_budget(jobs: Sequence[Job], store: Store, policy: Policy) -> None:
-    """Nobody else claims meanwhile: what is reserved now stays within the budget."""
+    """If nobody else claims meanwhile, what is reserved now stays within the budget."""
     cost = _sum(job.cost_max_usd for job in jobs)
     check_all(cost, sum(job.requests for job in jobs), store, policy)
 
@@ -88,11 +139,11 @@ def _check_files(job: Job, store: Store) -> None:
         )
 
 
-def _taken(wanted: Sequence[Requests], store: Store, policy: Policy) -> pl.Series:
-    """Key prefixes of wanted requests that have an answer, or are in an open job, by now."""
-    keys = pl.concat([prefixes(r.frame) for r in wanted])
-    free = unanswered(store.results.find(keys), policy)
+def _taken(keys: pl.Series, store: Store, policy: Policy) -> pl.Series:
+    """Those that have an answer, or are in an open job, by now."""
+    # The jobs come first: one that is closed in between has its answers in the results by then.
     claimed = in_flight(store)[1]["key"]
+    free = unanswered(store.results.find(keys), policy)
     answered = keys.filter(~keys.is_in(free["key"].implode()))
     return pl.concat([answered, keys.filter(keys.is_in(claimed.implode()))]).unique()
 
@@ -139,7 +190,7 @@ def batches(
     money, and the most that each can cost is noted.
     """
     keys = pl.concat([r.frame.select("key", "attempt") for r in wanted])
-    lines = chain.from_iterable(backend.render(r) for r in wanted)
+    lines = itertools.chain.from_iterable(backend.render(r) for r in wanted)
     header = wanted[0].header
     for batch in pack(lines, backend.limits):
         if batch.oversized:

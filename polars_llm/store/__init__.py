@@ -32,7 +32,7 @@ class Store:
 
 
 _open: dict[tuple[int, Path, str], Store] = {}
-_lock = threading.Lock()
+_lock = threading.RLock()  # re-entrant: a signal's handler, or a finalizer, may come in between
 
 
 def open_store(cache: Path | str | None = None, ledger: Path | None = None) -> Store:
@@ -67,10 +67,11 @@ def _opened(directory: CacheDirectory, place: str, results: Callable[[CacheDirec
         # A forked child starts anew: it must not share its parent's database handles.
         name = (os.getpid(), directory.path, place)
         if name not in _open:
-            _open[name] = Store(
+            made = Store(
                 directory=directory,
                 ledger=DiskcacheLedger(directory.jobs),
                 spool=Spool(directory.spool),
                 results=results(directory),
             )
+            _open.setdefault(name, made)
         return _open[name]

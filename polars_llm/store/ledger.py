@@ -48,6 +48,9 @@ class Ledger(Protocol):
     def jobs(self, *, open_only: bool = False) -> list[Job]:
         """All jobs of one moment, by created_at, then id."""
 
+    def count(self) -> int:
+        """How many jobs there are, open and closed. None is ever removed: each new one makes it more."""
+
     def move(self, job: Job, state: State, **facts: Any) -> Job:
         """Compare and set: store ``job.to(state, **facts)`` if nobody has changed the job meanwhile.
 
@@ -143,6 +146,13 @@ class DiskcacheLedger:
         found = [self._job(key, text) for key, text in self._read("under", *prefixes)]
         return sorted(found, key=lambda job: (job.created_at, job.id))
 
+    def count(self) -> int:
+        """How many jobs there are, open and closed."""
+        if not self._exists():
+            return 0
+        with self._session() as cache, self._errors():
+            return cache.count_under(_OPEN, _CLOSED)
+
     def move(self, job: Job, state: State, **facts: Any) -> Job:
         """Compare and set; see `Ledger.move`."""
         moved = job.to(state, **facts)
@@ -205,12 +215,15 @@ class DiskcacheLedger:
                 here.identity = file_identity(self._directory)
             return here.cache
 
-    def _read(self, how: str, *names: str) -> list[tuple[str, str]]:
+    def _exists(self) -> bool:
         from polars_llm.store.textcache import text_cache_exists
 
         with self._errors():
-            if not text_cache_exists(self._directory):
-                return []  # reading makes nothing
+            return text_cache_exists(self._directory)
+
+    def _read(self, how: str, *names: str) -> list[tuple[str, str]]:
+        if not self._exists():
+            return []  # reading makes nothing
         with self._session() as cache, self._errors():
             found: list[tuple[str, str]] = cache.under(*names) if how == "under" else cache.among(*names)
             return found
@@ -263,7 +276,7 @@ class _Process:
     def __init__(self) -> None:
         self.pid = os.getpid()
         self.turn = threading.RLock()
-        self.opening = threading.Lock()
+        self.opening = threading.RLock()  # a signal's handler may ask for the jobs
         self.local = _Thread()
         self.cache: TextCache | None = None
         self.identity: tuple[int, int] | None = None

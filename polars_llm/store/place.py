@@ -30,7 +30,7 @@ __all__ = ["Item", "Place"]
 T = TypeVar("T")
 
 _ROOM = "results"
-# How long a store that fails is asked again. Others wait for a claim (60 s) while it looks answers up.
+# How long a store that fails is asked again. Others may wait for a claim (60 s) while it looks answers up.
 _PATIENCE_S = 20.0
 _DAY = 86_400.0
 # What does not pass by itself. The first are Arrow's names for what S3 says, the others those of the others.

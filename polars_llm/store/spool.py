@@ -6,7 +6,6 @@ import hashlib
 import itertools
 import re
 import tempfile
-import threading
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from io import BytesIO
@@ -39,8 +38,9 @@ class Spool:
 
     def __init__(self, directory: Path) -> None:
         self._directory = Path(directory)
+        # By job. Without a lock: a thread of Polars that waits for part of a query runs other work meanwhile,
+        # such as a verb that asks for these as well, and would wait for itself.
         self._prefixes: dict[str, pl.DataFrame] = {}
-        self._lock = threading.Lock()
 
     def write_keys(self, job_id: str, keys: pl.DataFrame) -> None:
         """Store what the job is made of; durable on return, and never changed afterwards.
@@ -64,8 +64,7 @@ class Spool:
             file.write(content)
 
         self._write(self._path(job_id, "keys.arrow"), write)
-        with self._lock:
-            self._prefixes.pop(job_id, None)
+        self._prefixes[job_id] = _prefixes(frame.with_columns(job_id=pl.lit(job_id)))
 
     def has_keys(self, job_id: str) -> bool:
         """Is the keys file there?"""
@@ -91,13 +90,20 @@ class Spool:
 
         Kept in memory, for the files never change. Raises as `keys` does.
         """
-        with self._lock:
-            self._forget_removed(job_ids)
-            for job_id in job_ids:
-                if job_id not in self._prefixes:
-                    self._prefixes[job_id] = _prefixes(self.keys([job_id]))
-            frames = [self._prefixes[job_id] for job_id in job_ids]
+        self._forget_removed(job_ids)
+        frames = []
+        for job_id in job_ids:
+            known = self._prefixes.get(job_id)
+            if known is None:
+                known = self._prefixes[job_id] = _prefixes(self.keys([job_id]))
+            frames.append(known)
         return pl.concat(frames) if frames else pl.DataFrame(schema={"key": pl.UInt128, "job_id": pl.String})
+
+    def prefixes_in_memory(self, job_ids: Iterable[str]) -> list[list[int]] | None:
+        """The keys of each, without any work for Polars' threads; None if a file had to be read for that."""
+        frames = [self._prefixes.get(job_id) for job_id in job_ids]
+        known = [frame["key"].to_list() for frame in frames if frame is not None]
+        return known if len(known) == len(frames) else None
 
     def requests_path(self, job_id: str) -> Path:
         """The request file."""
@@ -125,8 +131,7 @@ class Spool:
 
     def remove(self, job_id: str) -> None:
         """Remove all files of a job, half-written ones included; missing ones are fine."""
-        with self._lock:
-            self._prefixes.pop(job_id, None)
+        self._prefixes.pop(job_id, None)
         with os_errors(self._directory):
             for path, owner in self._files():
                 if owner == job_id:
@@ -183,9 +188,9 @@ class Spool:
             ) from error
 
     def _forget_removed(self, wanted: Sequence[str]) -> None:
-        for job_id in self._prefixes.keys() - set(wanted):
+        for job_id in set(self._prefixes) - set(wanted):
             if not self._path(job_id, "keys.arrow").exists():
-                del self._prefixes[job_id]
+                self._prefixes.pop(job_id, None)
 
 
 class Scratch:

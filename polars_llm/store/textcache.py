@@ -13,6 +13,7 @@ diskcache is unmaintained. What is done about it here:
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 import sqlite3
 import threading
@@ -112,9 +113,13 @@ class TextCache(diskcache.Cache):  # type: ignore[misc]  # diskcache has no type
 
     def under(self, *prefixes: str) -> list[tuple[str, str]]:
         """Keys that start with one of the prefixes, with their values, as of one moment."""
-        where = " OR ".join(["key >= ? AND key < ?"] * len(prefixes))
-        bounds = [(prefix, prefix[:-1] + chr(ord(prefix[-1]) + 1)) for prefix in prefixes]
-        return self._read(where, tuple(bound for pair in bounds for bound in pair))
+        return self._read(*_starting(prefixes))
+
+    def count_under(self, *prefixes: str) -> int:
+        """How many keys start with one of the prefixes."""
+        where, bounds = _starting(prefixes)
+        ((found,),) = self._sql(f"SELECT COUNT(*) FROM Cache WHERE {where}", bounds)
+        return int(found)
 
     def among(self, *keys: str) -> list[tuple[str, str]]:
         """Those of the keys that are there, with their values, as of one moment."""
@@ -162,6 +167,12 @@ class TextCache(diskcache.Cache):  # type: ignore[misc]  # diskcache has no type
             return sql(statement, parameters)
 
         return execute
+
+
+def _starting(prefixes: tuple[str, ...]) -> tuple[str, tuple[str, ...]]:
+    """A condition of SQL, and its parameters."""
+    bounds = [(prefix, prefix[:-1] + chr(ord(prefix[-1]) + 1)) for prefix in prefixes]
+    return " OR ".join(["key >= ? AND key < ?"] * len(prefixes)), tuple(itertools.chain(*bounds))
 
 
 # What diskcache writes at every open, and how to see that it is so already; the parameters are the same.

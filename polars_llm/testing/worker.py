@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import socket
 import threading
 from collections.abc import Callable
@@ -21,7 +22,7 @@ class Worker:
     """Runs the callable here, where its closure lives, one request at a time."""
 
     def __init__(self, url: str, model: Callable[[ModelRequest], Any]) -> None:
-        self.problem: Exception | None = None
+        self.problem: BaseException | None = None
         self._model = model
         parts = urlsplit(url)
         self._socket = socket.create_connection((parts.hostname or "", parts.port or 0))
@@ -45,6 +46,10 @@ class Worker:
                 self._socket.sendall(_encode(replies) + b"\n")
         except OSError:
             return  # The server has ended.
+        finally:
+            # Whatever ended this thread: the server must not wait for it, and the SDK for the server.
+            with contextlib.suppress(OSError):
+                self._socket.shutdown(socket.SHUT_RDWR)
 
     def _answer(self, request: ModelRequest) -> Reply:
         try:
@@ -53,7 +58,7 @@ class Worker:
             reply = msgspec.convert(msgspec.to_builtins(reply), Reply)
             _encode(reply)
             return reply
-        except Exception as problem:  # noqa: BLE001 - it is kept, and raised by the handle
+        except BaseException as problem:  # noqa: BLE001 - pytest.fail and sys.exit too: the handle raises it
             self.problem = self.problem or problem
             message = f"The model= callable raised {problem!r}."
             return Reply(failure=Failure(status=500, message=message))

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import base64
+import os
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -184,6 +186,13 @@ BAD: list[tuple[Any, str]] = [
     ([1, 2], "images has dtype Int64"),
     ([[[PNG]], [[PNG]]], "images has dtype List"),
 ]
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="it has no such files")
+def test_a_pipe_is_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(pllm.InvalidRequest, match=r"Row 0: the image .* cannot be read: it is no file"):
+        collected(pl.DataFrame({"q": ["a"], "image": [str(tmp_path / "pipe")]}))
 
 
 @pytest.mark.parametrize(("column", "said"), BAD)

@@ -193,6 +193,21 @@ class LedgerContract:
             assert in_thread(ledger.get, job.id) == job
             assert in_thread(ledger.jobs) == [job]
 
+    def test_each_new_job_is_counted_and_none_is_forgotten(self, ledger: Ledger) -> None:
+        assert ledger.count() == 0
+        one, two = a_job(), a_job()
+        ledger.put(one)
+        with ledger.transaction():
+            ledger.put(two)
+            assert ledger.count() == 2
+        ledger.move(one, State.RELEASED)
+        ledger.put_fact("n", 1)
+        assert ledger.count() == 2
+        with pytest.raises(KeyboardInterrupt), ledger.transaction():
+            ledger.put(a_job())
+            raise KeyboardInterrupt
+        assert ledger.count() == 2
+
     def test_a_transaction_keeps_other_threads_out(self, ledger: Ledger) -> None:
         inside, entered = threading.Event(), threading.Event()
 

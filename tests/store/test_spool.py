@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 import tempfile
+import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -15,6 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from polars_llm.errors import CacheCorrupt, CacheError
+from polars_llm.store import spool as spool_module
 from polars_llm.store.spool import Spool
 from tests.store.child import Child
 from tests.store.disks import make_read_only, mounted
@@ -84,12 +88,82 @@ class TestKeys:
         spool.write_keys(ONE, frame("c"))
         assert spool.key_prefixes([ONE])["key"].to_list() == [int.from_bytes(b"c".ljust(16, b"."), "big")]
 
+    def test_what_is_in_memory_needs_no_file(self, spool: Spool) -> None:
+        spool.write_keys(ONE, frame("a", "b"))
+        keys = spool.key_prefixes([ONE])["key"].to_list()
+        assert spool.prefixes_in_memory([ONE]) == [keys]
+        assert spool.prefixes_in_memory([]) == []
+        assert spool.prefixes_in_memory([ONE, TWO]) is None
+        other = Spool(spool.requests_path(ONE).parent)
+        assert other.prefixes_in_memory([ONE]) is None
+        other.key_prefixes([ONE])
+        assert other.prefixes_in_memory([ONE]) == [keys]
+        spool.remove(ONE)
+        assert spool.prefixes_in_memory([ONE]) is None
+
     def test_threads_may_share_it(self, spool: Spool) -> None:
         for job in (ONE, TWO):
             spool.write_keys(job, frame(job))
         with ThreadPoolExecutor(4) as pool:
             found = list(pool.map(lambda _: spool.key_prefixes([ONE, TWO]).rows(), range(20)))
         assert all(rows == found[0] for rows in found)
+
+    def test_a_thread_that_waits_for_polars_may_ask_again(
+        self, spool: Spool, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        for job in (ONE, TWO):
+            spool.write_keys(job, frame(job))
+        made, found = spool_module._prefixes, []
+        other = Spool(spool.requests_path(ONE).parent)
+
+        def ask() -> None:
+            found.append(other.key_prefixes([ONE, TWO]).rows())
+
+        def made_while_another_verb_runs(keys: pl.DataFrame) -> pl.DataFrame:
+            # A thread of Polars runs other calls while it waits for part of a query.
+            monkeypatch.setattr(spool_module, "_prefixes", made)
+            ask()
+            return made(keys)
+
+        monkeypatch.setattr(spool_module, "_prefixes", made_while_another_verb_runs)
+        thread = threading.Thread(target=ask, daemon=True)
+        thread.start()
+        thread.join(30)
+        assert not thread.is_alive()
+        assert len(found) == 2
+        assert found[0] == found[1]
+
+    def test_verbs_side_by_side_on_polars_threads(self, spool: Spool) -> None:
+        jobs = [f"job{number}" for number in range(40)]
+        for job in jobs:
+            spool.write_keys(job, frame(*(f"{job} {row}" for row in range(1_000))))
+        ended = subprocess.run(
+            [sys.executable, "-c", _SIDE_BY_SIDE, spool.requests_path(ONE).parent, *jobs],
+            env={**os.environ, "POLARS_MAX_THREADS": "2"},
+            capture_output=True,
+            text=True,
+            timeout=100,
+            check=True,
+        )
+        assert ended.stdout == "done\n"
+
+
+# With a lock that is held while Polars works, it hung in the first seconds.
+_SIDE_BY_SIDE = """
+import sys
+import polars as pl
+from polars_llm.store.spool import Spool
+
+def ask(rows):
+    spool.key_prefixes(sys.argv[2:])
+    return rows
+
+frame = pl.DataFrame({f"c{n}": [1, 2] for n in range(16)})
+for _ in range(20):
+    spool = Spool(sys.argv[1])
+    frame.select(pl.col(name).map_batches(ask, return_dtype=pl.Int64) for name in frame.columns)
+print("done")
+"""
 
 
 class TestDamage:

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import textwrap
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -138,6 +139,19 @@ def test_what_it_raises_fails_the_request_and_is_raised_again_at_the_end() -> No
         with openai.OpenAI(max_retries=0) as oai:
             error = raises(openai.InternalServerError)(lambda: chat(oai, "hello"))
             assert "KeyError" in str(error)
+            assert p.bill().billed == 0
+
+
+@pytest.mark.parametrize("leave", [lambda: pytest.fail("asked"), lambda: sys.exit("asked")])
+def test_what_is_no_exception_does_not_keep_anybody_waiting(leave: Callable[[], None]) -> None:
+    def model(request: ModelRequest) -> str:
+        leave()
+        return "never"
+
+    with pytest.raises((pytest.fail.Exception, SystemExit), match="asked"), provider(model) as p:
+        with openai.OpenAI(max_retries=0, timeout=20) as oai:
+            raises(openai.InternalServerError)(lambda: chat(oai, "hello"))
+            raises(openai.InternalServerError)(lambda: chat(oai, "and again"))
             assert p.bill().billed == 0
 
 

@@ -426,11 +426,18 @@ def _name(model: str, arguments: Mapping[str, Any]) -> str:
 
 
 def close_all() -> None:
-    """Close every engine of this process; also done at exit."""
-    with _lock:
+    """Close every engine of this process; also done at exit.
+
+    One that another thread is just building is waited for as long as one that does not answer.
+    """
+    if not _lock.acquire(timeout=_PATIENCE):
+        return
+    try:
         for engine in _engines.values():
             engine.close(_PATIENCE)
         _engines.clear()
+    finally:
+        _lock.release()
 
 
 def _forget() -> None:

@@ -1,0 +1,167 @@
+"""Claims beside other claims: each request once, and nobody waits for a thread that waits for him."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import polars as pl
+import pytest
+
+import polars_llm as pllm
+from polars_llm import testing
+from polars_llm.jobs import claim
+from polars_llm.store import open_store
+
+MODEL = "openai/gpt-6-luna"
+
+
+def ask(*texts: str, **options: Any) -> pl.DataFrame:
+    options = {"on_pending": "null", "model": MODEL, **options}
+    return pl.DataFrame({"text": texts}).llm.generate("text", **options)
+
+
+def elsewhere(call: Callable[[], object]) -> None:
+    """Call it on another thread; it has to come back soon."""
+    thread = threading.Thread(target=call, daemon=True)
+    thread.start()
+    thread.join(30)
+    assert not thread.is_alive()
+
+
+@pytest.fixture
+def between(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[], object]], list[int]]:
+    """Something happens after a claim has looked up for the first time; counts how often it looks."""
+
+    def install(call: Callable[[], object]) -> list[int]:
+        looks: list[int] = []
+        look = claim._taken
+
+        def taken(*arguments: Any) -> pl.Series:
+            looks.append(len(looks))
+            found = look(*arguments)
+            if len(looks) == 1:
+                elsewhere(call)
+            return found
+
+        monkeypatch.setattr(claim, "_taken", taken)
+        return looks
+
+    return install
+
+
+def test_nothing_is_looked_up_inside_of_the_transaction(
+    provider: testing.Provider, between: Callable[[Callable[[], object]], list[int]]
+) -> None:
+    looks = between(lambda: open_store().ledger.put_fact("meanwhile", True))
+    ask("a", "b", on_pending="wait")
+    assert looks == [0]
+    assert open_store().ledger.get_fact("meanwhile")
+
+
+def test_what_another_claims_meanwhile_is_left_to_him(
+    provider: testing.Provider, between: Callable[[Callable[[], object]], list[int]]
+) -> None:
+    between(lambda: ask("b", "c"))
+    assert ask("a", "b", on_pending="wait")["response"].to_list() == ["a", "b"]
+    ask("c", on_pending="wait")
+    assert provider.bill().billed == 3
+    assert len(provider.batches()) == 2
+
+
+def test_what_another_is_answered_meanwhile_is_not_asked_again(
+    provider: testing.Provider, between: Callable[[Callable[[], object]], list[int]]
+) -> None:
+    between(lambda: ask("b", "c", on_pending="wait"))
+    assert ask("a", "b", on_pending="wait")["response"].to_list() == ["a", "b"]
+    assert provider.bill().billed == 3
+
+
+def test_other_claims_do_not_make_it_look_again(
+    provider: testing.Provider, between: Callable[[Callable[[], object]], list[int]]
+) -> None:
+    looks = between(lambda: ask("c", "d"))
+    ask("a", "b")
+    assert looks.count(1) == 1  # the one that came between looked once, and so did this one
+    assert len(looks) == 2
+    assert len(provider.batches()) == 2
+
+
+def test_a_budget_is_checked_again_after_another_claim(
+    provider: testing.Provider, between: Callable[[Callable[[], object]], list[int]]
+) -> None:
+    options: dict[str, Any] = {
+        "model": pllm.OpenAI("gpt-6-luna", prices=pllm.Prices(input=1, output=4)),
+        "max_tokens": 60,
+    }
+    most = pl.DataFrame({"text": ["a"]}).llm.estimate("text", **options)["cost_usd_max"].item()
+    with pllm.Config(max_cost=2.5 * most):
+        ask("a", **options)
+        between(lambda: ask("b", **options))
+        with pytest.raises(pllm.BudgetExceeded):
+            ask("c", **options)
+    assert len(provider.batches()) == 2
+
+
+def test_where_others_claim_all_the_time_they_wait(
+    provider: testing.Provider, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    look = claim._taken
+    seen: list[int] = []
+
+    def taken(*arguments: Any) -> pl.Series:
+        seen.append(len(seen))
+        return look(*arguments)
+
+    monkeypatch.setattr(claim, "_still_holds", lambda *_: len(seen) > claim._MOST_LOOKS)
+
+    monkeypatch.setattr(claim, "_taken", taken)
+    assert ask("a", on_pending="wait")["response"].to_list() == ["a"]
+    assert len(seen) == claim._MOST_LOOKS + 1
+    assert provider.bill().billed == 1
+
+
+# Threads of Polars that waited for the ledger, held by a thread that waited for Polars, stood still for a
+# minute and more.
+_BESIDE = """
+import threading, warnings
+import polars as pl, polars_llm
+
+def frames(n):
+    for turn in range(6):
+        texts = pl.DataFrame({"c": [f"frame {n} {turn} {row}" for row in range(200)]})
+        texts.llm.generate("c", model="openai/gpt-6-luna", on_pending="null")
+
+def side_by_side(n):
+    for turn in range(12):
+        names = [f"c{i}" for i in range(3)]
+        texts = pl.DataFrame({name: [f"{name} {n} {turn} {row}" for row in range(200)] for name in names})
+        texts.select(
+            pl.col(name).llm.generate(model="openai/gpt-6-luna", on_pending="null").alias(name)
+            for name in names
+        )
+
+threads = [threading.Thread(target=work, args=(n,)) for n in range(2) for work in (frames, side_by_side)]
+for thread in threads:
+    thread.start()
+for thread in threads:
+    thread.join()
+print("done")
+"""
+
+
+def test_a_frame_and_expressions_side_by_side_on_several_threads(provider: testing.Provider) -> None:
+    ended = subprocess.run(
+        [sys.executable, "-c", _BESIDE],
+        env={**os.environ, "POLARS_MAX_THREADS": "2"},
+        capture_output=True,
+        text=True,
+        timeout=100,
+        check=False,
+    )
+    assert (ended.stdout, ended.stderr) == ("done\n", "")
+    assert not provider.bill().duplicates
