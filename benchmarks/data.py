@@ -73,7 +73,7 @@ def fill_cache(directory: Path, prompts: pl.Series, *, first: int = 0) -> None:
 def header_digest(base_url: str | None = None) -> str:
     """What the key holds of the model, without options, at OpenAI's own address or another one."""
     import polars_llm
-    from polars_llm.backends.base import Options
+    from polars_llm.backends.options import Options
 
     address = base_url or "https://api.openai.com/v1"
     return str(polars_llm.OpenAI(MODEL, base_url=address).backend().header(Options()).digest())

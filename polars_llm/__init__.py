@@ -20,7 +20,6 @@ from polars_llm.errors import (
     PolarsLLMError,
     ProviderError,
     RequestsFailed,
-    ResultsGone,
     UnansweredInput,
 )
 from polars_llm.frame.engine import Engine
@@ -51,7 +50,6 @@ __all__ = [
     "ProviderError",
     "RayVLLM",
     "RequestsFailed",
-    "ResultsGone",
     "UnansweredInput",
     "abandon",
     "cancel",

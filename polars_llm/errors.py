@@ -10,8 +10,7 @@
     ├── InvalidRequest           an argument, a dtype or a parameter that no provider would take
     ├── ModelNotChosen           no model given, none configured
     ├── ProviderError            the provider, or the way to it, said no
-    │   ├── AccountError         401, 402, 403, quota, unknown model: the account, not the request
-    │   └── ResultsGone          the provider no longer has results that were paid for
+    │   └── AccountError         401, 402, 403, quota, unknown model: the account, not the request
     └── CacheError               the cache directory
         ├── CacheUnsafe          a file system on which locks or SQLite cannot be trusted
         └── CacheCorrupt         a file that is truncated, foreign or damaged
@@ -40,7 +39,6 @@ __all__ = [
     "PolarsLLMError",
     "ProviderError",
     "RequestsFailed",
-    "ResultsGone",
     "UnansweredInput",
 ]
 
@@ -193,10 +191,6 @@ class AccountError(ProviderError):
 
     It is never remembered per request: once the account is mended the same line goes on.
     """
-
-
-class ResultsGone(ProviderError):
-    """The provider no longer has results that were paid for; they are not sent again by themselves."""
 
 
 class CacheError(PolarsLLMError):

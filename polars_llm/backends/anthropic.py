@@ -32,12 +32,12 @@ from polars_llm.backends.base import (
     IsOurs,
     Limits,
     ListedBatch,
-    Options,
     Phase,
     retrying,
 )
 from polars_llm.backends.clients import Ask, HttpReply, PerProcess, retry_after
 from polars_llm.backends.hosts import is_at, normalise_base_url, redact
+from polars_llm.backends.options import Options
 from polars_llm.backends.replies import Reply
 from polars_llm.backends.wire import messages
 from polars_llm.errors import AccountError

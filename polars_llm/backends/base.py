@@ -6,10 +6,11 @@ import dataclasses
 from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Mapping, Sequence
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol, TypeAlias, TypeVar, runtime_checkable
+from typing import TYPE_CHECKING, Protocol, TypeAlias, TypeVar, runtime_checkable
 
 import polars as pl
 
+from polars_llm.backends.options import Options
 from polars_llm.errors import AccountError, ProviderError
 from polars_llm.job import Job, Mode
 from polars_llm.pricing import Prices
@@ -29,7 +30,6 @@ __all__ = [
     "Limits",
     "ListedBatch",
     "LiveBackend",
-    "Options",
     "Phase",
     "Verdict",
     "is_batch",
@@ -46,28 +46,6 @@ class Limits:
 
     requests: int
     size_bytes: int
-
-
-@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class Options:
-    """What the user set for a verb, by our names; None is unset and never sent.
-
-    Parameters
-    ----------
-    schema
-        `Schema.json`. A backend puts it into `RequestHeader.schema` as its provider takes it
-        (`polars_llm.schema.rules.worded`).
-    """
-
-    max_tokens: int | None = None
-    temperature: float | None = None
-    top_p: float | None = None
-    stop: str | list[str] | None = None
-    seed: int | None = None
-    reasoning_effort: str | None = None
-    params: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-    schema: str | None = None
-    dimensions: int | None = None
 
 
 class Phase(StrEnum):

@@ -24,12 +24,12 @@ from polars_llm.backends.base import (
     IsOurs,
     Limits,
     ListedBatch,
-    Options,
     Phase,
     retrying,
 )
 from polars_llm.backends.clients import Ask, HttpReply, PerProcess, retry_after
 from polars_llm.backends.hosts import Host, host_of, redact
+from polars_llm.backends.options import Options
 from polars_llm.backends.replies import Reply
 from polars_llm.backends.wire import chat, embeddings, responses
 from polars_llm.backends.wire.lines import Wire, custom_ids_of, parse

@@ -27,9 +27,10 @@ import msgspec
 import polars as pl
 
 from polars_llm.answer import ACCOUNT, FAILED, RETRY
-from polars_llm.backends.base import BatchBackend, CallFailed, Options
+from polars_llm.backends.base import BatchBackend, CallFailed
 from polars_llm.backends.clients import Ask, HttpReply
 from polars_llm.backends.gate import NOT_TAKEN, Gate
+from polars_llm.backends.options import Options
 from polars_llm.backends.pace import Breaker, backoff
 from polars_llm.backends.replies import Reply, after_ctrl_c, failed, frame
 from polars_llm.errors import PolarsLLMError

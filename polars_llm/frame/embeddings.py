@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, TypedDict
 
 import polars as pl
 
-from polars_llm.backends.base import Options
+from polars_llm.backends.options import Options
 from polars_llm.config import OnError, OnPending, settings
 from polars_llm.forks import refuse_hanging
 from polars_llm.frame.verbs import AskMode, Output, Verb, check_arguments, check_mode, policy
@@ -55,7 +55,7 @@ def embed(
     chosen = settings(on_pending=on_pending, on_error=on_error)
     check_arguments(name=name, output=output)
     check_mode(mode, max_concurrency)
-    asked, sent, length = resolve(model or chosen.model).embedding(dimensions)
+    asked, sent, length = resolve(chosen.model if model is None else model).embedding(dimensions)
     backend = asked.backend(mode, max_concurrency=max_concurrency)
     return Verb(
         model=asked,

@@ -51,6 +51,12 @@ def on_frame(frame: pl.DataFrame, verb: Verb) -> pl.DataFrame:
 
 def on_series(series: pl.Series, verb: Verb) -> pl.Series:
     """The answers to a series of prompts."""
+    other = {root for e in verb.inputs() for root in e.meta.root_names()} - {PROMPT}
+    if other:
+        raise InvalidRequest(
+            f"A Series has no other columns, and {', '.join(sorted(other))} was asked for",
+            hint="call the verb on the frame: df.llm.generate(...). Nothing was sent.",
+        )
     return _answer(series.alias(PROMPT).to_frame(), verb)[verb.name]
 
 

@@ -15,8 +15,9 @@ from typing import TYPE_CHECKING, Any, Literal, NoReturn, TypeAlias, TypedDict, 
 import polars as pl
 
 from polars_llm.answer import DONE
-from polars_llm.backends.base import BatchBackend, LiveBackend, Options, is_batch
+from polars_llm.backends.base import BatchBackend, LiveBackend, is_batch
 from polars_llm.backends.hosts import is_loopback
+from polars_llm.backends.options import Options
 from polars_llm.config import CacheLocation, OnError, OnPending, Settings, settings, usd
 from polars_llm.errors import InvalidRequest, UnansweredInput
 from polars_llm.forks import refuse_hanging
@@ -431,7 +432,7 @@ def generate(
         params=params or {},
         schema=typed.schema.json if typed else None,
     )
-    chosen_model = resolve(model or chosen.model)
+    chosen_model = resolve(chosen.model if model is None else model)
     backend = chosen_model.backend(mode, max_concurrency=max_concurrency)
     check_images(images, backend.provider)
     return Verb(
@@ -492,6 +493,9 @@ def policy(chosen: Settings, *, retry_failed: bool, max_cost: float | None) -> P
     )
 
 
+_MOST_SAMPLES = 2**63 - 1  # as Int64, in which an expression gives them
+
+
 def check_arguments(
     *,
     name: str = "response",
@@ -510,7 +514,7 @@ def check_arguments(
         wrong = f"system is a {type(system).__name__}, neither text nor an expression"
     elif isinstance(sample, bool) or not isinstance(sample, (int, pl.Expr)):
         wrong = f"sample is {sample!r}, neither a whole number nor an expression"
-    elif isinstance(sample, int) and sample < 0:
+    elif isinstance(sample, int) and not 0 <= sample <= _MOST_SAMPLES:
         wrong = f"sample is {sample}; samples count from 0"
     elif max_tokens is not None and not _is_count(max_tokens):
         wrong = f"max_tokens is {max_tokens!r}; it is a whole number from 1 up"

@@ -23,7 +23,8 @@ import polars_llm as pllm
 from polars_llm import clock, testing
 from polars_llm.backends import anthropic
 from polars_llm.backends.anthropic import AnthropicBatch
-from polars_llm.backends.base import CallFailed, Options, Phase
+from polars_llm.backends.base import CallFailed, Phase
+from polars_llm.backends.options import Options
 from polars_llm.job import Job
 from polars_llm.request import Requests, custom_id
 

@@ -9,8 +9,9 @@ import pytest
 
 import polars_llm as pllm
 from polars_llm import testing
-from polars_llm.backends.base import Limits, Options
+from polars_llm.backends.base import Limits
 from polars_llm.backends.hosts import HOSTS, Host, host_of, normalise_base_url, redact
+from polars_llm.backends.options import Options
 from polars_llm.errors import InvalidRequest
 
 OWN = "https://api.openai.com/v1"

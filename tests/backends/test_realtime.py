@@ -13,7 +13,8 @@ import polars_llm as pllm
 from polars_llm import testing
 from polars_llm.answer import DONE, RETRY
 from polars_llm.backends import realtime
-from polars_llm.backends.base import Options, is_batch
+from polars_llm.backends.base import is_batch
+from polars_llm.backends.options import Options
 from polars_llm.backends.realtime import Realtime
 from polars_llm.backends.replies import REPLY_SCHEMA
 from polars_llm.request import Requests

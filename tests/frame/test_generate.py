@@ -350,6 +350,12 @@ def test_a_series_has_a_value_for_each_row_of_an_eager_frame(
     assert provider.bill().batches == 0
 
 
+def test_a_series_knows_no_other_columns(provider: testing.Provider, df: pl.DataFrame) -> None:
+    with pytest.raises(pllm.InvalidRequest, match="no other columns, and language was asked for"):
+        df["prompt"].llm.generate(model=MODEL, system=pl.col("language"))
+    assert provider.log() == []
+
+
 def test_exceptions_keep_their_facts_through_expressions(
     provider: testing.Provider, df: pl.DataFrame
 ) -> None:

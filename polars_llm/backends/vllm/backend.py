@@ -10,7 +10,7 @@ import msgspec
 import polars as pl
 
 from polars_llm.answer import DONE
-from polars_llm.backends.base import Options
+from polars_llm.backends.options import Options
 from polars_llm.backends.replies import REPLY_SCHEMA
 from polars_llm.backends.vllm import sampling
 from polars_llm.backends.vllm.order import Order, arrange, expected_lengths

@@ -11,7 +11,7 @@ from typing import Annotated, Any
 
 import msgspec
 
-from polars_llm.backends.base import Options
+from polars_llm.backends.options import Options
 from polars_llm.backends.vllm.weights import directory_digest
 from polars_llm.errors import InvalidRequest
 from polars_llm.request import Json, RequestHeader, canonical

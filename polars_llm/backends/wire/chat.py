@@ -9,7 +9,7 @@ import msgspec
 import polars as pl
 
 from polars_llm.answer import DONE
-from polars_llm.backends.base import Options
+from polars_llm.backends.options import Options
 from polars_llm.backends.replies import Reply, decode, word
 from polars_llm.backends.wire import lines
 from polars_llm.backends.wire.lines import merged, not_read, read_error

@@ -9,7 +9,7 @@ from typing import Any, Protocol
 import msgspec
 import polars as pl
 
-from polars_llm.backends.base import Options
+from polars_llm.backends.options import Options
 from polars_llm.backends.replies import Reply, decode, decoded, failed, never_ran, rows
 from polars_llm.errors import InvalidRequest
 from polars_llm.request import Json, RequestHeader, Requests, canonical, custom_ids

@@ -14,7 +14,7 @@ import msgspec
 import polars as pl
 
 from polars_llm.answer import DONE
-from polars_llm.backends.base import Options
+from polars_llm.backends.options import Options
 from polars_llm.backends.replies import Reply, decode, decoded, failed, never_ran, rows, word
 from polars_llm.errors import InvalidRequest
 from polars_llm.images import Image, Link, of_rows, with_parts
@@ -74,7 +74,7 @@ def headers(api_version: str, betas: Sequence[str] = ()) -> dict[str, str]:
             f"api_version={api_version!r} is not a version of Anthropic's API",
             hint=f"a version is a date such as {API_VERSION!r}. Nothing was sent.",
         )
-    if isinstance(betas, str) or not all(re.fullmatch(r"[\w.-]+", beta) for beta in betas):
+    if isinstance(betas, str) or not all(re.fullmatch(r"[\w.-]+", str(beta)) for beta in betas):
         raise InvalidRequest(
             f"betas={betas!r} is not a list of names",
             hint="for example betas=['output-300k-2026-03-24']. Nothing was sent.",

@@ -7,7 +7,8 @@ import pytest
 
 import polars_llm as pllm
 from polars_llm.answer import DONE
-from polars_llm.backends.base import Learns, Options
+from polars_llm.backends.base import Learns
+from polars_llm.backends.options import Options
 from polars_llm.backends.vllm import sampling
 from polars_llm.request import Requests
 from polars_llm.schema import freeze

@@ -17,7 +17,7 @@ import pytest
 
 import polars_llm as pllm
 from polars_llm.answer import FAILED, RETRY
-from polars_llm.backends.base import Options
+from polars_llm.backends.options import Options
 from polars_llm.backends.vllm import cluster, on_nodes
 from polars_llm.backends.vllm.ray import _refusal
 from polars_llm.errors import ProviderError

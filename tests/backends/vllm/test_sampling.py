@@ -12,7 +12,7 @@ import polars as pl
 import pytest
 
 import polars_llm as pllm
-from polars_llm.backends.base import Options
+from polars_llm.backends.options import Options
 from polars_llm.backends.vllm import sampling
 from polars_llm.backends.vllm.weights import directory_digest
 from polars_llm.request import RequestHeader

@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from polars_llm.answer import DONE, FAILED
-from polars_llm.backends.base import Options
+from polars_llm.backends.options import Options
 from polars_llm.backends.wire import embeddings, lines
 from polars_llm.errors import InvalidRequest
 from polars_llm.request import RequestHeader, Requests, custom_id

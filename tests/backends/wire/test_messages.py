@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 import polars_llm as pllm
 from polars_llm.answer import ACCOUNT, DONE, FAILED, RETRY
-from polars_llm.backends.base import Options
+from polars_llm.backends.options import Options
 from polars_llm.backends.wire import messages
 from polars_llm.errors import InvalidRequest
 from polars_llm.request import RequestHeader, Requests, custom_id, key_hex
