@@ -117,7 +117,7 @@ def _still_holds(before: tuple[int, set[str]], keys: pl.Series, store: Store, po
         return True
     new = {job.id for job in store.ledger.jobs(open_only=True)} - names
     if policy.budget is not None or len(new) != more:
-        return False  # it was closed since: what it held is in the results
+        return False  # one was closed since, what it held is in the results; or it was open before
     held = store.spool.prefixes_in_memory(new)
     # Lists of Python: whatever else Polars does, it does on its own threads.
     return held is not None and set(keys.to_list()).isdisjoint(itertools.chain.from_iterable(held))

@@ -7,6 +7,7 @@ import dataclasses
 import json
 import math
 import os
+import secrets
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,6 +23,8 @@ __all__ = ["DiskcacheLedger", "Ledger"]
 
 # Open jobs lie together, so that reading them does not touch the closed ones.
 _OPEN, _CLOSED, _FACT = "open/", "closed/", "fact/"
+# One row for each time that a closed job was opened again (`recover` does that).
+_AGAIN = "again/"
 _LARGEST = 32 * 1024
 
 
@@ -49,7 +52,10 @@ class Ledger(Protocol):
         """All jobs of one moment, by created_at, then id."""
 
     def count(self) -> int:
-        """How many jobs there are, open and closed. None is ever removed: each new one makes it more."""
+        """How often a job was opened: each new one makes it more, and so does one that is opened again.
+
+        None is ever removed: where it is what it was, nobody has claimed anything since.
+        """
 
     def move(self, job: Job, state: State, **facts: Any) -> Job:
         """Compare and set: store ``job.to(state, **facts)`` if nobody has changed the job meanwhile.
@@ -133,7 +139,8 @@ class DiskcacheLedger:
         text = _encode(job.to_dict(), job.id)
         with self.transaction(), self._session() as cache, self._errors():
             cache.set(name + job.id, text)
-            cache.delete(other + job.id)
+            if cache.delete(other + job.id) and job.state.is_open:
+                cache.set(f"{_AGAIN}{job.id}/{secrets.token_hex(8)}", "")
 
     def get(self, job_id: str) -> Job | None:
         """The job as it stands, None if there is none of that id."""
@@ -147,11 +154,11 @@ class DiskcacheLedger:
         return sorted(found, key=lambda job: (job.created_at, job.id))
 
     def count(self) -> int:
-        """How many jobs there are, open and closed."""
+        """How often a job was opened; see `Ledger.count`."""
         if not self._exists():
             return 0
         with self._session() as cache, self._errors():
-            return cache.count_under(_OPEN, _CLOSED)
+            return cache.count_under(_OPEN, _CLOSED, _AGAIN)
 
     def move(self, job: Job, state: State, **facts: Any) -> Job:
         """Compare and set; see `Ledger.move`."""

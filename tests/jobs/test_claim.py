@@ -13,7 +13,7 @@ import polars as pl
 import pytest
 
 import polars_llm as pllm
-from polars_llm import testing
+from polars_llm import operate, testing
 from polars_llm.jobs import claim
 from polars_llm.store import open_store
 
@@ -123,6 +123,41 @@ def test_where_others_claim_all_the_time_they_wait(
     assert ask("a", on_pending="wait")["response"].to_list() == ["a"]
     assert len(seen) == claim._MOST_LOOKS + 1
     assert provider.bill().billed == 1
+
+
+def test_a_job_that_recover_opens_again_meanwhile_keeps_its_requests(
+    between: Callable[[Callable[[], object]], list[int]],
+) -> None:
+    """Its record is there already: there are no more of them, and yet its requests are taken."""
+    with testing.provider(model=lambda request: request.prompt, auto=False) as provider:
+        ask("a")
+        (job,) = pllm.jobs()["job"]
+        pllm.abandon(job)
+        between(lambda: pllm.recover("openai"))
+        ask("a", "b")
+        assert pllm.jobs(open_only=True)["requests"].to_list() == [1, 1]
+        assert len(provider.batches()) == 2
+        provider.finish()
+        assert ask("a", "b", on_pending="wait")["response"].to_list() == ["a", "b"]
+        assert provider.bill().billed == 2
+
+
+def test_what_came_back_and_was_answered_meanwhile_is_not_asked_again(
+    between: Callable[[Callable[[], object]], list[int]],
+) -> None:
+    with testing.provider(model=lambda request: request.prompt, auto=False) as provider:
+        ask("a")
+        (job,) = pllm.jobs()["job"]
+        pllm.abandon(job)
+
+        def recovered() -> None:
+            pllm.recover("openai")
+            provider.finish()
+            operate.watch()
+
+        between(recovered)
+        assert ask("a")["response"].to_list() == ["a"]
+        assert len(provider.batches()) == 1
 
 
 # Threads of Polars that waited for the ledger, held by a thread that waited for Polars, stood still for a

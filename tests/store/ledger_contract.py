@@ -208,6 +208,17 @@ class LedgerContract:
             raise KeyboardInterrupt
         assert ledger.count() == 2
 
+    def test_a_job_that_is_opened_again_is_counted_again(self, ledger: Ledger) -> None:
+        job = a_job()
+        ledger.put(job)
+        for times in (2, 3):
+            ledger.put(dataclasses.replace(job, state=State.ABANDONED))
+            ledger.put(job)
+            assert ledger.count() == times
+        ledger.put(dataclasses.replace(job, reason="still open"))
+        assert ledger.count() == 3
+        assert [found.id for found in ledger.jobs()] == [job.id]
+
     def test_a_transaction_keeps_other_threads_out(self, ledger: Ledger) -> None:
         inside, entered = threading.Event(), threading.Event()
 
