@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import subprocess
 import sys
@@ -14,6 +15,7 @@ import pytest
 
 import polars_llm as pllm
 from polars_llm import operate, testing
+from polars_llm.job import Job, State
 from polars_llm.jobs import claim
 from polars_llm.store import open_store
 
@@ -158,6 +160,51 @@ def test_what_came_back_and_was_answered_meanwhile_is_not_asked_again(
         between(recovered)
         assert ask("a")["response"].to_list() == ["a"]
         assert len(provider.batches()) == 1
+
+
+def test_what_another_claims_meanwhile_does_not_count_twice_against_a_budget(
+    provider: testing.Provider, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same frame on two threads: the one that comes second has nothing to send, so nothing to refuse."""
+    options: dict[str, Any] = {
+        "model": pllm.OpenAI("gpt-6-luna", prices=pllm.Prices(input=1, output=4)),
+        "max_tokens": 60,
+    }
+    most = pl.DataFrame({"text": ["a"]}).llm.estimate("text", **options)["cost_usd_max"].item()
+    check = claim._check_budget
+    checks: list[int] = []
+
+    def checked(*arguments: Any) -> None:
+        checks.append(len(checks))
+        if len(checks) == 1:
+            elsewhere(lambda: ask("a", **options))
+        check(*arguments)
+
+    monkeypatch.setattr(claim, "_check_budget", checked)
+    with pllm.Config(max_cost=1.5 * most):
+        ask("a", **options)
+        assert ask("a", on_pending="wait", **options)["response"].to_list() == ["a"]
+    assert len(provider.batches()) == 1
+
+
+def test_a_claim_ends_where_other_jobs_come_faster_than_they_are_listed(
+    provider: testing.Provider, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ledger = open_store().ledger
+    listed = type(ledger).jobs
+
+    def jobs(self: Any, *, open_only: bool = False) -> list[Job]:
+        found = listed(self, open_only=open_only)
+        elsewhere_job = Job.plan(
+            provider="openai", base_url=None, endpoint="/v1", model="m", requests=1, mode="realtime"
+        )
+        if not self._here().local.writing:
+            self.put(dataclasses.replace(elsewhere_job, state=State.INGESTED))
+        return found
+
+    monkeypatch.setattr(type(ledger), "jobs", jobs)
+    elsewhere(lambda: ask("a"))
+    assert len(provider.batches()) == 1
 
 
 # Threads of Polars that waited for the ledger, held by a thread that waited for Polars, stood still for a
