@@ -40,7 +40,8 @@ def expression(verb: Verb, *, pushdown: bool | None) -> pl.Expr:
     def call(rows: pl.Series) -> pl.Series:
         with _rebuilt():
             frame = rows.struct.unnest()
-            return ask(frame.rename(dict(zip(frame.columns, own, strict=True))), verb, place)
+            frame.columns = own  # without a plan, in which others would find the mark
+            return ask(frame, verb, place)
 
     # The occurrence is found by its mark, which is the name of the first input.
     fields = pl.struct(read[0].alias(at), *read[1:])

@@ -15,6 +15,7 @@ import re
 import secrets
 import sys
 import threading
+import time
 import weakref
 from collections.abc import Iterator, Sequence
 from types import FrameType
@@ -199,26 +200,36 @@ class _Background(Scope):
     """All plain evaluations that Polars runs in the background: nothing there tells them apart.
 
     A verb that is called for one of them may read what any of them left unanswered, as long as that plan
-    lives.
+    lives. Polars may drop a part of a plan that it has run while the rest still runs: then those may read it
+    that were there by then.
     """
 
     told = False
 
     def __init__(self) -> None:
         super().__init__()
-        self._waiting: set[weakref.ref[Occurrence]] = set()
+        self._waiting: dict[weakref.ref[Occurrence], _Left] = {}
 
     @property
     def complete(self) -> bool:
         """Nothing is left unanswered."""
-        return not self._others(None)
+        return not any(at() for at in tuple(self._waiting))
 
     def note(self, verb: Occurrence, *, answered: bool) -> None:
-        """What the verb gave last is all it will give, or not."""
-        if answered:
-            self._waiting.discard(weakref.ref(verb))
-        else:
-            self._waiting = {at for at in tuple(self._waiting) if at() is not None} | {weakref.ref(verb)}
+        """What the verb gave is all it will give, or not.
+
+        One evaluation may read a source twice, and have answers from one part of it only: that it has them
+        counts from the next time on that the plan is about to run.
+        """
+        at = weakref.ref(verb)
+        left = self._waiting.get(at)
+        if not answered:
+            self._waiting[at] = _Left(verb.times_planned, _marked.valuerefs())
+            for known, of_known in tuple(self._waiting.items()):
+                if known() is None and of_known.is_over():
+                    self._waiting.pop(known, None)
+        elif left is not None and not (verb.times_planned and left.times_planned == verb.times_planned):
+            self._waiting.pop(at, None)
 
     def note_part(self, verb: Occurrence, *, answered: bool) -> None:
         """The same."""
@@ -226,10 +237,38 @@ class _Background(Scope):
 
     def blocks(self, verb: Occurrence) -> bool:
         """May the verb read what another one left unanswered?"""
-        return bool(self._others(verb))
+        return any(
+            left.may_be_read_by(verb) if (other := at()) is None else other is not verb
+            for at, left in tuple(self._waiting.items())
+        )
 
-    def _others(self, verb: Occurrence | None) -> set[Occurrence | None]:
-        return {at() for at in tuple(self._waiting)} - {None, verb}
+
+# Longer than Polars is at work on the rest of a plan. Expressions may live on, and be used in other plans.
+_AFTERLIFE_S = 3600.0
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class _Left:
+    """What a verb in the background left unanswered.
+
+    Parameters
+    ----------
+    times_planned
+        How often the verb's plan had been about to run.
+    readers
+        The expressions that there were: those of the same plan are among them.
+    """
+
+    times_planned: int
+    readers: Sequence[weakref.ref[Occurrence]]
+    since: float = dataclasses.field(default_factory=time.monotonic)
+
+    def may_be_read_by(self, verb: Occurrence) -> bool:
+        """Though the verb that left it is gone?"""
+        return not self.is_over() and any(at() is verb for at in self.readers)
+
+    def is_over(self) -> bool:
+        return time.monotonic() - self.since > _AFTERLIFE_S or all(at() is None for at in self.readers)
 
 
 class _Here(threading.local):
@@ -243,18 +282,25 @@ _background = _Background()
 def _collecting() -> FrameType | None:
     """The call of Polars' `Engine.collect` that is at work on this thread, if it is one that collects."""
     # A thread of Polars that waits for a query of ours runs other calls meanwhile, on top of that query.
-    if isinstance(threading.current_thread(), threading._DummyThread):
-        return None
-    return _collect_in(sys._getframe(1))
+    return None if _is_of_polars(threading.current_thread()) else _collect_in(sys._getframe(1))
+
+
+def _is_of_polars(thread: threading.Thread | None) -> bool:
+    """Is it no thread of Python's?"""
+    return thread is None or isinstance(thread, threading._DummyThread)
 
 
 def _collect_in(frame: FrameType | None) -> FrameType | None:
+    return next(_collects_in(frame), None)
+
+
+def _collects_in(frame: FrameType | None) -> Iterator[FrameType]:
+    """The innermost first: what Polars calls may collect frames of its own."""
     while frame is not None:
         code = frame.f_code
         if code.co_name in {"collect", "collect_all"} and code.co_filename.endswith(_ENGINE):
-            return frame
+            yield frame
         frame = frame.f_back
-    return None
 
 
 _ENGINE = ("lazyframe/engine.py", "lazyframe\\engine.py")
@@ -306,6 +352,8 @@ class Occurrence:
     def __init__(self, inner: frozenset[Occurrence] = frozenset()) -> None:
         self.inner = inner
         self.mark: str | None = None
+        self.times_planned = 0
+        self._in_background = False
         self._scopes: list[Scope] = []
         self._planned: dict[int, tuple[tuple[int, int], Scope]] = {}
         # Re-entrant: a generator that the garbage collector closes may come in between, and leave.
@@ -319,9 +367,12 @@ class Occurrence:
         if _here.scope is not None:
             self.join(_here.scope)
             return
+        self.times_planned += 1
         collect = _collecting()
         if collect is None or collect.f_locals.get("background"):
-            return  # a thread of Polars, at work on something that was planned before; or it will be one
+            # A thread of Polars, at work on something that was planned before; or it will be one.
+            self._in_background |= collect is not None or _is_of_polars(threading.current_thread())
+            return
         with self._lock:
             self._planned = {t: p for t, p in self._planned.items() if _at_work(t, p[0])}
             self._planned[threading.get_ident()] = (_evaluation(collect), _plain())
@@ -340,7 +391,10 @@ class Occurrence:
             scopes = list(self._scopes)
             planned = dict(self._planned)
         if not scopes:
-            return [scope for _, scope in planned.values()] or self._of_collected() or [_plain()]
+            # What was planned on a thread that has gone on since tells nothing of this call.
+            told = [scope for thread, (at, scope) in planned.items() if _at_work(thread, at)]
+            told = told or self._of_collected()
+            return [*told, *([_background] if self._in_background else [])] or [_plain()]
         driven = {scope.thread for scope in scopes if scope.staged is not None}
         if len(driven) > 1:
             raise Contended(
@@ -386,8 +440,7 @@ class Occurrence:
 
 def _at_work(thread: int, evaluation: tuple[int, int]) -> bool:
     """Is that evaluation still running on that thread?"""
-    collect = _collect_in(stacks().get(thread))
-    return collect is not None and _evaluation(collect) == evaluation
+    return any(_evaluation(collect) == evaluation for collect in _collects_in(stacks().get(thread)))
 
 
 # --- expressions --------------------------------------------------------------------------------------
@@ -412,11 +465,16 @@ def inside(expr: pl.Expr) -> frozenset[Occurrence]:
 
 
 def _collected(name: str) -> Iterator[tuple[int, FrameType]]:
-    """The threads that collect a plan with that mark just now, and the calls that do."""
+    """The threads that collect a plan with that mark just now, and the calls that do.
+
+    Not those of Polars: what they collect is a part of a call, which may have the mark in its columns.
+    """
     for thread, frame in stacks().items():
-        collect = _collect_in(frame)
-        if collect is not None and any(name in line for line in _lines_of(collect)):
-            yield thread, collect
+        if _is_of_polars(threading._active.get(thread)):  # type: ignore[attr-defined]
+            continue
+        for collect in _collects_in(frame):
+            if any(name in line for line in _lines_of(collect)):
+                yield thread, collect
 
 
 def grouped(name: str) -> bool:

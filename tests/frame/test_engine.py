@@ -265,6 +265,102 @@ def test_in_the_background_an_expression_waits_for_whatever_waits_there(how: str
         assert len(sent(provider)) == 3
 
 
+def _read_beside(first: pl.LazyFrame) -> pl.LazyFrame:
+    """An expression that raises while it may read an answer that is still to come."""
+    return first.with_columns(letter=pl.col("label").fill_null("?").llm.generate(on_pending="raise"))
+
+
+@pytest.fixture
+def nobody_waits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing that other tests have left in the background."""
+    monkeypatch.setattr(scope, "_background", scope._Background())
+
+
+REFUSED = (pllm.UnansweredInput, pl.exceptions.ComputeError)  # which it is before Polars 2.0
+
+
+@pytest.mark.filterwarnings("ignore:.*considered unstable")
+@pytest.mark.parametrize("engine", ["in-memory", "streaming"])
+@pytest.mark.parametrize("how", IN_BACKGROUND)
+def test_in_the_background_it_does_not_matter_how_it_was_collected_before(how: str, engine: Any) -> None:
+    with testing.provider(model=label, auto=False) as provider:
+        query = _read_beside(mails().llm.generate("text", name="label", on_pending="null"))
+        with pytest.raises(REFUSED, match="reads answers that are not there yet"):
+            query.collect(engine=engine)
+        for _ in range(2):
+            with pytest.raises(REFUSED, match="may read answers that are not there yet"):
+                IN_BACKGROUND[how](query)
+        assert sent(provider) == [4]
+
+
+@pytest.mark.usefixtures("nobody_waits")
+@pytest.mark.filterwarnings("ignore:.*considered unstable")
+@pytest.mark.parametrize("turned", [False, True])
+@pytest.mark.parametrize("how", IN_BACKGROUND)
+def test_in_the_background_a_source_that_is_read_twice_waits_for_all_of_it(how: str, turned: bool) -> None:
+    with testing.provider(model=label, auto=False) as provider:
+        mails().head(1).llm.generate("text", name="label", on_pending="null").collect()
+        provider.finish()
+        first = mails().llm.generate("text", name="label", on_pending="null")
+        parts = [first.filter(pl.col("id") != 0), first.filter(pl.col("id") == 0)]
+        query = _read_beside(pl.concat(parts[::-1] if turned else parts))
+        for _ in range(2):
+            with pytest.raises(REFUSED, match="may read answers that are not there yet"):
+                IN_BACKGROUND[how](query)
+            assert sent(provider) == [1, 3]
+        provider.finish()
+        for _ in range(2):  # the first one collects
+            with pytest.raises((pllm.JobsPending, pl.exceptions.ComputeError)):
+                IN_BACKGROUND[how](query)
+        assert len(sent(provider)) == 3
+        provider.finish()
+        assert IN_BACKGROUND[how](query)["letter"].null_count() == 0
+
+
+def _dropped(rows: pl.DataFrame) -> pl.DataFrame:
+    time.sleep(0.2)
+    gc.collect()
+    return rows
+
+
+@pytest.mark.usefixtures("nobody_waits")
+@pytest.mark.filterwarnings("ignore:.*considered unstable")
+@pytest.mark.parametrize("how", IN_BACKGROUND)
+def test_in_the_background_a_part_of_a_plan_that_polars_has_dropped_is_not_forgotten(how: str) -> None:
+    """Nobody else has the lazy frame, and what has run of it is gone before the rest is."""
+
+    def query() -> pl.LazyFrame:
+        first = mails().llm.generate("text", name="label", on_pending="null").sort("id")
+        return _read_beside(first.map_batches(_dropped, schema=first.collect_schema()))
+
+    with testing.provider(model=label, auto=False) as provider:
+        with pytest.raises(REFUSED, match="may read answers that are not there yet"):
+            IN_BACKGROUND[how](query())
+        assert sent(provider) == [4]
+        provider.finish()
+        with pytest.raises((pllm.JobsPending, pl.exceptions.ComputeError), match="run the same line again"):
+            IN_BACKGROUND[how](query())
+
+
+@pytest.mark.filterwarnings("ignore:.*considered unstable", "ignore:.*stands in a group_by")
+def test_in_the_background_groups_are_not_taken_for_an_evaluation_that_is_told() -> None:
+    """A call for one group had the mark in a plan of its own, in which that for another one found it."""
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        with testing.provider(model=label, auto=False) as provider:
+            for turn in range(6):
+                rows = pl.LazyFrame({"n": range(16), "text": [f"{turn} {n}" for n in range(16)]})
+                answers = rows.llm.generate("text", name="label", on_pending="null")
+                prompt = pl.format("{} {}", "n", pl.col("label").fill_null("?"))
+                query: Any = answers.group_by("n").agg(prompt.llm.generate(on_pending="raise"))
+                with pytest.raises(REFUSED, match="may read answers that are not there yet"):
+                    query.collect(background=True).fetch_blocking()
+            assert sent(provider) == [16] * 6
+    finally:
+        sys.setswitchinterval(interval)
+
+
 def test_a_verb_that_raises_says_what_it_waits_for() -> None:
     with testing.provider(model=label, auto=False) as provider:
         pending = mails().llm.generate(pl.format("Label: {}", "text"), name="label", on_pending="null")
