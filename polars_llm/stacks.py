@@ -22,8 +22,8 @@ def stacks() -> dict[int, FrameType]:
     """The innermost frame of each thread, by the thread's ident."""
     with _lock:  # or two threads would take each other's pause for the user's own setting
         collects = gc.isenabled()
-        gc.disable()
         try:
+            gc.disable()  # in here: a Ctrl+C that comes right behind it must not leave it at that
             return sys._current_frames()
         finally:
             if collects:

@@ -7,6 +7,8 @@ import subprocess
 import sys
 import threading
 
+import pytest
+
 from polars_llm.stacks import stacks
 
 # Threads that begin and end, beside finalizers that let others run: with `sys._current_frames` itself it
@@ -89,4 +91,17 @@ def test_the_users_setting_of_the_garbage_collector_stays() -> None:
     finally:
         gc.enable()
     stacks()
+    assert gc.isenabled()
+
+
+def test_an_interrupt_leaves_garbage_collection_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    disable = gc.disable
+
+    def interrupted() -> None:
+        disable()
+        raise KeyboardInterrupt  # Python looks for signals after each call
+
+    monkeypatch.setattr(gc, "disable", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        stacks()
     assert gc.isenabled()
