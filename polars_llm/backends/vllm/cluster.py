@@ -126,6 +126,7 @@ def _init(ray: Any, **settings: Any) -> None:
     of a server, or of an event loop's pool, may be gone in a second.
     """
     global _left
+    _left.set()  # where the user has called ray.shutdown(), nobody has told the thread of that cluster
     if threading.current_thread() is threading.main_thread():
         ray.init(**settings)
         return
