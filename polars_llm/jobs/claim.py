@@ -22,6 +22,7 @@ from polars_llm.job import Job
 from polars_llm.jobs.budget import bound, check_all, output_tokens_max, sizes
 from polars_llm.jobs.lookup import Policy, in_flight, prefixes, unanswered
 from polars_llm.jobs.packing import Pack, pack
+from polars_llm.jobs.submit import check_durable
 from polars_llm.request import Requests
 from polars_llm.store import Store
 
@@ -53,6 +54,7 @@ def claim(
     tuple
         The jobs, and the requests that they hold.
     """
+    check_durable(store)
     wanted = [r for r in requests if r.height]
     while wanted:
         jobs = list(draft(wanted))

@@ -10,12 +10,27 @@ import time
 
 from polars_llm import clock
 from polars_llm.backends.base import BatchBackend, CallFailed
+from polars_llm.errors import CacheError
 from polars_llm.job import Job, State
 from polars_llm.jobs.lookup import Policy
 from polars_llm.jobs.settle import settle
 from polars_llm.store import Store
 
-__all__ = ["create", "put_off", "release", "submit"]
+__all__ = ["check_durable", "create", "put_off", "release", "submit"]
+
+
+def check_durable(store: Store) -> None:
+    """Raise CacheError where the ledger would forget, if the process died now, what it is about to be told.
+
+    A claim that has looked in vain ten times looks up inside of its transaction, and Polars may run another
+    verb on top of that.
+    """
+    if store.ledger.in_transaction():
+        raise CacheError(
+            "Polars evaluates this on top of another evaluation, which is just claiming its requests.",
+            path=str(store.directory.jobs),
+            hint="run the same line again. Nothing was sent for it.",
+        )
 
 
 def submit(job: Job, backend: BatchBackend, store: Store, policy: Policy, *, owner: str) -> Job:
@@ -38,6 +53,7 @@ def submit(job: Job, backend: BatchBackend, store: Store, policy: Policy, *, own
 
 def create(job: Job, backend: BatchBackend, store: Store, policy: Policy, *, owner: str) -> Job:
     """Call create once, and write down what is known afterwards."""
+    check_durable(store)
     try:
         marker = backend.newest_batch()
     except CallFailed as error:

@@ -42,6 +42,9 @@ class Ledger(Protocol):
         Re-entrant within a thread. Reading goes on meanwhile and sees the state before.
         """
 
+    def in_transaction(self) -> bool:
+        """Is this thread inside of one, so that what it writes is not durable yet?"""
+
     def put(self, job: Job) -> None:
         """Store a new job, or replace its record."""
 
@@ -132,6 +135,10 @@ class DiskcacheLedger:
         finally:
             here.local.writing = False
             here.turn.release()
+
+    def in_transaction(self) -> bool:
+        """Is this thread inside of one?"""
+        return self._here().local.writing
 
     def put(self, job: Job) -> None:
         """Store a new job, or replace its record."""

@@ -207,6 +207,29 @@ def test_a_claim_ends_where_other_jobs_come_faster_than_they_are_listed(
     assert len(provider.batches()) == 1
 
 
+@pytest.mark.parametrize("mode", ["batch", "realtime"])
+def test_nothing_is_sent_on_top_of_a_claim_that_holds_the_ledger(
+    provider: testing.Provider, monkeypatch: pytest.MonkeyPatch, mode: str
+) -> None:
+    """The eleventh look is inside of the transaction: what Polars runs on top of it would not be durable."""
+    refused: list[pllm.CacheError] = []
+    look = claim._taken
+
+    def taken(*arguments: Any) -> pl.Series:
+        if not refused:
+            with pytest.raises(pllm.CacheError, match="on top of another evaluation") as caught:
+                ask("b", mode=mode)
+            refused.append(caught.value)
+        return look(*arguments)
+
+    monkeypatch.setattr(claim, "_MOST_LOOKS", 0)
+    monkeypatch.setattr(claim, "_taken", taken)
+    assert ask("a", mode=mode, on_pending="wait")["response"].to_list() == ["a"]
+    assert provider.bill().billed == 1
+    assert ask("b", mode=mode, on_pending="wait")["response"].to_list() == ["b"]
+    assert provider.bill().billed == 2
+
+
 # Threads of Polars that waited for the ledger, held by a thread that waited for Polars, stood still for a
 # minute and more.
 _BESIDE = """
