@@ -243,8 +243,9 @@ class _Background(Scope):
         )
 
 
-# Longer than Polars is at work on the rest of a plan. Expressions may live on, and be used in other plans.
-_AFTERLIFE_S = 3600.0
+# Longer than Polars is at work on the rest of a plan. An expression may live on, and be used in other plans:
+# those it holds up for as long.
+_AFTERLIFE_S = 600.0
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
