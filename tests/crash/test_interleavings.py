@@ -29,6 +29,7 @@ import polars as pl
 import pytest
 from hypothesis import HealthCheck, Phase, seed, settings
 from hypothesis import strategies as st
+from hypothesis.errors import FlakyStrategyDefinition
 from hypothesis.stateful import (
     RuleBasedStateMachine,
     get_state_machine_test,
@@ -349,6 +350,16 @@ def test_any_interleaving_bills_once(world: World) -> None:
         # Making a failure small takes minutes: not worth it among thousands of cases.
         phases=[Phase.generate] if CASES >= 100 else [Phase.generate, Phase.shrink],
     )
-    number = int(os.environ.get("POLARS_LLM_TEST_SEED", random.randrange(2**32)))
-    print(f"POLARS_LLM_TEST_SEED={number}")
-    seed(number)(get_state_machine_test(lambda: Interleaving(world), settings=chosen))()  # type: ignore[arg-type]
+    said = os.environ.get("POLARS_LLM_TEST_SEED")
+    for left in (2, 1, 0):
+        number = int(said) if said else random.randrange(2**32)
+        print(f"POLARS_LLM_TEST_SEED={number}")
+        try:
+            seed(number)(get_state_machine_test(lambda: Interleaving(world), settings=chosen))()  # type: ignore[arg-type]
+        except FlakyStrategyDefinition:
+            # Two cases began alike and then differed, since real files and threads take part. It says nothing
+            # of the bill: what does, fails as itself.
+            if not left:
+                raise
+        else:
+            return

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import datetime as dt
+import hashlib
 import json
 from collections.abc import Callable
 from decimal import Decimal
@@ -47,6 +48,9 @@ _WALL = st.datetimes(dt.datetime(1700, 1, 1), dt.datetime(2200, 1, 1))
 
 
 def _labels(labels: list[str]) -> Kind:
+    # Equal labels always in one order, though no alphabetical one: `Literal["a", "b"] | None` gives what
+    # `Literal["b", "a"] | None` gave before, since `typing` keeps unions by equality.
+    labels = sorted(labels, key=lambda label: hashlib.blake2b(label.encode()).digest())
     return _leaf(Literal[tuple(labels)], st.sampled_from(labels), pl.Enum(labels), json.dumps)
 
 
