@@ -372,6 +372,8 @@ def _keep_new(
         received_at=pl.lit(datetime.now(UTC)),
     )
     store.results.add(complete(priced(facts, batch.model or "", backend.base_url, backend)))
+    if new.height:
+        store.ledger.counted(name)
     return new.height
 
 

@@ -23,7 +23,7 @@ __all__ = ["DiskcacheLedger", "Ledger"]
 
 # Open jobs lie together, so that reading them does not touch the closed ones.
 _OPEN, _CLOSED, _FACT = "open/", "closed/", "fact/"
-# One row for each time that a closed job was opened again (`recover` does that).
+# One row for each time that a closed job was opened again, or that answers came without one.
 _AGAIN = "again/"
 _LARGEST = 32 * 1024
 
@@ -55,10 +55,13 @@ class Ledger(Protocol):
         """All jobs of one moment, by created_at, then id."""
 
     def count(self) -> int:
-        """How often a job was opened: each new one makes it more, and so does one that is opened again.
+        """How often a job was opened: each new one makes it more, one that is opened again, and `counted`.
 
         None is ever removed: where it is what it was, nobody has claimed anything since.
         """
+
+    def counted(self, job_id: str) -> None:
+        """Answers of that job came without its being open (`recover`): look-ups from before do not hold."""
 
     def move(self, job: Job, state: State, **facts: Any) -> Job:
         """Compare and set: store ``job.to(state, **facts)`` if nobody has changed the job meanwhile.
@@ -147,7 +150,7 @@ class DiskcacheLedger:
         with self.transaction(), self._session() as cache, self._errors():
             cache.set(name + job.id, text)
             if cache.delete(other + job.id) and job.state.is_open:
-                cache.set(f"{_AGAIN}{job.id}/{secrets.token_hex(8)}", "")
+                self.counted(job.id)
 
     def get(self, job_id: str) -> Job | None:
         """The job as it stands, None if there is none of that id."""
@@ -166,6 +169,11 @@ class DiskcacheLedger:
             return 0
         with self._session() as cache, self._errors():
             return cache.count_under(_OPEN, _CLOSED, _AGAIN)
+
+    def counted(self, job_id: str) -> None:
+        """Makes `count` more; see `Ledger.counted`."""
+        with self.transaction(), self._session() as cache, self._errors():
+            cache.set(f"{_AGAIN}{job_id}/{secrets.token_hex(8)}", "")
 
     def move(self, job: Job, state: State, **facts: Any) -> Job:
         """Compare and set; see `Ledger.move`."""

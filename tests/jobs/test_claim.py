@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import polars as pl
@@ -160,6 +161,20 @@ def test_what_came_back_and_was_answered_meanwhile_is_not_asked_again(
         between(recovered)
         assert ask("a")["response"].to_list() == ["a"]
         assert len(provider.batches()) == 1
+
+
+def test_what_recover_reads_back_meanwhile_is_not_asked_again(
+    provider: testing.Provider,
+    between: Callable[[Callable[[], object]], list[int]],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    ask("a", on_pending="wait")
+    monkeypatch.setenv("POLARS_LLM_CACHE_DIR", str(tmp_path / "after the loss"))
+    between(lambda: pllm.recover("openai"))
+    assert ask("a", "b", on_pending="wait")["response"].to_list() == ["a", "b"]
+    assert provider.bill().duplicates == {}
+    assert provider.bill().billed == 2
 
 
 def test_what_another_claims_meanwhile_does_not_count_twice_against_a_budget(
