@@ -24,7 +24,8 @@ from polars_llm.backends.base import BatchStatus, Phase
 from polars_llm.backends.openai import OpenAIBatch
 from polars_llm.frame.asking import Asked
 from polars_llm.frame.nodes import _Asking
-from polars_llm.frame.verbs import Verb, generate, needs
+from polars_llm.frame.sending import needs
+from polars_llm.frame.verbs import Verb, generate
 from polars_llm.job import Job, State
 from polars_llm.jobs.claim import batches, claim
 from polars_llm.jobs.evaluate import Need, _holding, _missing

@@ -71,8 +71,8 @@ def test_a_verb_that_leaves_while_it_is_planned(monkeypatch: pytest.MonkeyPatch)
         part.close()  # as a generator does that the garbage collector finds just now
         return False
 
-    monkeypatch.setattr(scope, "_at_work", at_work)
-    monkeypatch.setattr(scope, "_collecting", lambda: sys._getframe())
+    monkeypatch.setattr(scope, "at_work", at_work)
+    monkeypatch.setattr(scope, "collecting", lambda: sys._getframe())
     comes_back(verb.planned)
     assert verb._scopes == []
 

@@ -8,7 +8,8 @@ import polars as pl
 
 from polars_llm.errors import UnansweredInput
 from polars_llm.frame.scope import Missing, Occurrence, Scope, Staged
-from polars_llm.frame.verbs import Verb, Wanted, bring
+from polars_llm.frame.sending import Wanted, bring
+from polars_llm.frame.verbs import Verb
 from polars_llm.jobs.evaluate import Pending
 from polars_llm.jobs.lookup import unanswered
 from polars_llm.request import Requests

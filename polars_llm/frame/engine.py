@@ -23,7 +23,7 @@ from polars_llm.errors import InvalidRequest
 from polars_llm.frame.asking import never_ends
 from polars_llm.frame.column import Failures
 from polars_llm.frame.scope import Contended, Missing, Scope, Staged
-from polars_llm.frame.verbs import Wanted, needs, spent
+from polars_llm.frame.sending import Wanted, needs, spent
 from polars_llm.interrupts import stopped_by
 from polars_llm.jobs.evaluate import Pending, check_money, evaluate
 

@@ -12,7 +12,8 @@ from polars_llm.backends.base import is_batch
 from polars_llm.errors import InvalidRequest
 from polars_llm.frame.embeddings import embed
 from polars_llm.frame.inputs import PROMPT
-from polars_llm.frame.verbs import Verb, classify, generate, warn_of_unknown_prices
+from polars_llm.frame.sending import warn_of_unknown_prices
+from polars_llm.frame.verbs import Verb, classify, generate
 from polars_llm.jobs.budget import bound, output_tokens_max, sizes
 from polars_llm.jobs.lookup import in_flight, prefixes, unanswered
 from polars_llm.jobs.packing import pack

@@ -10,9 +10,11 @@ import polars as pl
 
 from polars_llm.errors import InvalidRequest, PolarsLLMError, UnansweredInput
 from polars_llm.frame.asking import Asked, InPlan
+from polars_llm.frame.calls import grouped
 from polars_llm.frame.column import warn
-from polars_llm.frame.scope import Occurrence, grouped, inside, mark
-from polars_llm.frame.verbs import Verb, Wanted
+from polars_llm.frame.scope import Occurrence, inside, mark
+from polars_llm.frame.sending import Wanted
+from polars_llm.frame.verbs import Verb
 from polars_llm.jobs.evaluate import Pending
 
 __all__ = ["expression"]

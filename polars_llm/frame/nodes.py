@@ -27,7 +27,8 @@ from polars_llm.frame.asking import Asked, InPlan, answers
 from polars_llm.frame.estimate import CountTokens, estimate
 from polars_llm.frame.inputs import PROMPT
 from polars_llm.frame.scope import Occurrence, Scope, Staged, mark
-from polars_llm.frame.verbs import Verb, Wanted, bring
+from polars_llm.frame.sending import Wanted, bring
+from polars_llm.frame.verbs import Verb
 from polars_llm.jobs.evaluate import Pending
 from polars_llm.request import Requests
 from polars_llm.store.spool import Scratch

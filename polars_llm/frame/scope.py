@@ -13,7 +13,6 @@ import contextlib
 import dataclasses
 import re
 import secrets
-import sys
 import threading
 import time
 import weakref
@@ -24,14 +23,14 @@ from typing import TYPE_CHECKING, Any
 import polars as pl
 
 from polars_llm.errors import UnansweredInput
-from polars_llm.stacks import stacks
+from polars_llm.frame.calls import at_work, collected, collecting, evaluation, is_of_polars
 
 if TYPE_CHECKING:
     from polars_llm.frame.column import Failures
     from polars_llm.frame.verbs import Verb
     from polars_llm.request import Requests
 
-__all__ = ["Contended", "Missing", "Occurrence", "Scope", "Staged", "grouped", "inside", "mark"]
+__all__ = ["Contended", "Missing", "Occurrence", "Scope", "Staged", "inside", "mark"]
 
 
 class Contended(UnansweredInput):
@@ -280,65 +279,21 @@ _here = _Here()
 _background = _Background()
 
 
-def _collecting() -> FrameType | None:
-    """The call of Polars' `Engine.collect` that is at work on this thread, if it is one that collects."""
-    # A thread of Polars that waits for a query of ours runs other calls meanwhile, on top of that query.
-    return None if _is_of_polars(threading.current_thread()) else _collect_in(sys._getframe(1))
-
-
-def _is_of_polars(thread: threading.Thread | None) -> bool:
-    """Is it no thread of Python's?"""
-    return thread is None or isinstance(thread, threading._DummyThread)
-
-
-def _collect_in(frame: FrameType | None) -> FrameType | None:
-    return next(_collects_in(frame), None)
-
-
-def _collects_in(frame: FrameType | None) -> Iterator[FrameType]:
-    """The innermost first: what Polars calls may collect frames of its own."""
-    while frame is not None:
-        code = frame.f_code
-        if code.co_name in {"collect", "collect_all"} and code.co_filename.endswith(_ENGINE):
-            yield frame
-        frame = frame.f_back
-
-
-_ENGINE = ("lazyframe/engine.py", "lazyframe\\engine.py")
-
-
-def _evaluation(collect: FrameType) -> tuple[int, int]:
-    """What tells one call of `Engine.collect` from the next, as far as can be told from another thread."""
-    return id(collect), id(collect.f_locals.get("lf"))
-
-
 def _plain() -> Scope:
     """The scope of the plain evaluation on this thread."""
-    collect = _collecting()
+    collect = collecting()
     return _background if collect is None else _scope_of(collect)
 
 
-# Names that a call's frame does not use are kept beside its own, as long as it runs (PEP 667). Its id tells
-# less: the next call of the same line may have it again.
-_SCOPE, _LINES = "__pllm_scope", "__pllm_lines"
+# A name that the call's frame does not use is kept beside its own, as long as it runs (PEP 667). The frame's
+# id tells less: the next call of the same line may have it again.
+_SCOPE = "__pllm_scope"
 
 
 def _scope_of(collect: FrameType) -> Scope:
     """The scope of the plain evaluation that this call is: it lives and ends with it."""
     scope: Scope = collect.f_locals.setdefault(_SCOPE, Scope())
     return scope
-
-
-def _lines_of(collect: FrameType) -> list[str]:
-    """The description of the plan, or plans, that this call collects."""
-    known = collect.f_locals
-    if _LINES not in known:
-        several = known.get("lfs")
-        plans = [known.get("lf"), *(several if isinstance(several, (list, tuple)) else ())]
-        told = (plan.explain(optimized=False) for plan in plans if isinstance(plan, pl.LazyFrame))
-        known[_LINES] = "\n".join(told).splitlines()
-    lines: list[str] = known[_LINES]
-    return lines
 
 
 class Occurrence:
@@ -369,14 +324,14 @@ class Occurrence:
             self.join(_here.scope)
             return
         self.times_planned += 1
-        collect = _collecting()
+        collect = collecting()
         if collect is None or collect.f_locals.get("background"):
             # A thread of Polars, at work on something that was planned before; or it will be one.
-            self._in_background |= collect is not None or _is_of_polars(threading.current_thread())
+            self._in_background |= collect is not None or is_of_polars(threading.current_thread())
             return
         with self._lock:
-            self._planned = {t: p for t, p in self._planned.items() if _at_work(t, p[0])}
-            self._planned[threading.get_ident()] = (_evaluation(collect), _plain())
+            self._planned = {t: p for t, p in self._planned.items() if at_work(t, p[0])}
+            self._planned[threading.get_ident()] = (evaluation(collect), _plain())
 
     def scopes(self) -> list[Scope]:
         """The evaluations that a call may belong to; at least one.
@@ -386,14 +341,14 @@ class Occurrence:
         Contended
             It may belong to a driven evaluation, or to a plain one on another thread.
         """
-        if _here.scope is not None or _collecting() is not None:  # on the thread that collects
+        if _here.scope is not None or collecting() is not None:  # on the thread that collects
             return [_here.scope or _plain()]
         with self._lock:
             scopes = list(self._scopes)
             planned = dict(self._planned)
         if not scopes:
             # What was planned on a thread that has gone on since tells nothing of this call.
-            told = [scope for thread, (at, scope) in planned.items() if _at_work(thread, at)]
+            told = [scope for thread, (at, scope) in planned.items() if at_work(thread, at)]
             told = told or self._of_collected()
             return [*told, *([_background] if self._in_background else [])] or [_plain()]
         driven = {scope.thread for scope in scopes if scope.staged is not None}
@@ -402,7 +357,7 @@ class Occurrence:
                 "This frame is being driven to its end on two threads.",
                 hint="run the same line again when the other one is done. Nothing was sent by this one.",
             )
-        plain = any(t not in driven and _at_work(t, evaluation) for t, (evaluation, _) in planned.items())
+        plain = any(t not in driven and at_work(t, at) for t, (at, _) in planned.items())
         if driven and (plain or self._collected_elsewhere(driven)):
             raise Contended(
                 "This frame is being driven to its end on one thread and evaluated on another.",
@@ -412,17 +367,17 @@ class Occurrence:
 
     def _of_collected(self) -> list[Scope]:
         """Of plain evaluations whose plan shows this expression: groups are called on other threads."""
-        calls = [] if self.mark is None else [collect for _, collect in _collected(self.mark)]
+        calls = [] if self.mark is None else [collect for _, collect in collected(self.mark)]
         # A call that collects in the background returns at once: some expressions would find it, others not.
         return [_scope_of(collect) for collect in calls if not collect.f_locals.get("background")]
 
     def _collected_elsewhere(self, driven: set[int]) -> bool:
-        return self.mark is not None and any(thread not in driven for thread, _ in _collected(self.mark))
+        return self.mark is not None and any(thread not in driven for thread, _ in collected(self.mark))
 
     @property
     def on_collecting_thread(self) -> bool:
         """Is this call one on the thread that collects, and therefore for all rows?"""
-        return _collecting() is not None
+        return collecting() is not None
 
     def join(self, scope: Scope) -> None:
         """Take part in an evaluation, until it is closed."""
@@ -437,11 +392,6 @@ class Occurrence:
         with self._lock:
             if scope in self._scopes:
                 self._scopes.remove(scope)
-
-
-def _at_work(thread: int, evaluation: tuple[int, int]) -> bool:
-    """Is that evaluation still running on that thread?"""
-    return any(_evaluation(collect) == evaluation for collect in _collects_in(stacks().get(thread)))
 
 
 # --- expressions --------------------------------------------------------------------------------------
@@ -463,29 +413,3 @@ def inside(expr: pl.Expr) -> frozenset[Occurrence]:
     if not _marked:
         return frozenset()
     return frozenset(_marked[m] for m in _MARK.findall(str(expr)) if m in _marked)
-
-
-def _collected(name: str) -> Iterator[tuple[int, FrameType]]:
-    """The threads that collect a plan with that mark just now, and the calls that do.
-
-    Not those of Polars: what they collect is a part of a call, which may have the mark in its columns.
-    """
-    for thread, frame in stacks().items():
-        if _is_of_polars(threading._active.get(thread)):  # type: ignore[attr-defined]
-            continue
-        for collect in _collects_in(frame):
-            if any(name in line for line in _lines_of(collect)):
-                yield thread, collect
-
-
-def grouped(name: str) -> bool:
-    """Is the expression with that mark in a group_by or an over of the query that calls it?"""
-    return any(_is_grouped(name, _lines_of(collect)) for _, collect in _collected(name))
-
-
-def _is_grouped(name: str, lines: Sequence[str]) -> bool:
-    at = next(n for n, line in enumerate(lines) if name in line)
-    above = lines[at - 1].lstrip() if at else ""
-    # What is done with the answers, up to the next expression of the same node.
-    after = lines[at].partition(name)[2].partition("python_udf()")[2].partition(", ")[0]
-    return above.startswith("AGGREGATE") or ".over(" in after

@@ -24,7 +24,7 @@ from polars.testing import assert_frame_equal
 
 import polars_llm as pllm
 from polars_llm import testing
-from polars_llm.frame import scope
+from polars_llm.frame import calls, scope
 from tests.conftest import MODEL
 
 OTHER_MODEL = "openai/gpt-6-sol"
@@ -741,7 +741,7 @@ def test_the_call_that_collects_is_found_on_the_stack() -> None:
     found: list[Any] = []
 
     def look(column: pl.Series) -> pl.Series:
-        found.append(scope._collecting())
+        found.append(calls.collecting())
         return column
 
     lf = pl.LazyFrame({"n": [1]}).with_columns(pl.col("n").map_batches(look, return_dtype=pl.Int64))
