@@ -42,8 +42,10 @@ class Options:
         for name, (takes, fits) in _KINDS.items():
             value = getattr(self, name)
             if value is not None and not fits(value):
+                # What is in params may be a secret.
+                given = f"of type {type(value).__name__}" if name == "params" else repr(value)
                 raise InvalidRequest(
-                    f"{name} is {value!r}, not {takes}",
+                    f"{name} is {given}, not {takes}",
                     hint="see help(pl.DataFrame.llm.generate). Nothing was sent.",
                 )
 

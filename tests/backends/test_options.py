@@ -37,6 +37,15 @@ def test_another_kind_of_value_is_refused_before_anything_is_sent(
     assert provider.log() == []
 
 
+def test_params_are_not_shown() -> None:
+    for given in (["sk-secret"], {1: "sk-secret"}):
+        with pytest.raises(
+            pllm.InvalidRequest, match=r"^params is of type (list|dict), not a mapping"
+        ) as refused:
+            Options(params=given)  # type: ignore[arg-type]
+        assert "sk-secret" not in str(refused.value)
+
+
 def test_what_fits_stays_as_it_is() -> None:
     given: dict[str, Any] = {
         "temperature": 0,

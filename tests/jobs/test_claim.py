@@ -28,6 +28,13 @@ def ask(*texts: str, **options: Any) -> pl.DataFrame:
     return pl.DataFrame({"text": texts}).llm.generate("text", **options)
 
 
+def abandoned(text: str) -> None:
+    """Sent, and given up by its user while the batch goes on."""
+    ask(text)
+    (job,) = pllm.jobs()["job"]
+    pllm.abandon(job)
+
+
 def elsewhere(call: Callable[[], object]) -> None:
     """Call it on another thread; it has to come back soon."""
     thread = threading.Thread(target=call, daemon=True)
@@ -133,9 +140,7 @@ def test_a_job_that_recover_opens_again_meanwhile_keeps_its_requests(
 ) -> None:
     """Its record is there already: there are no more of them, and yet its requests are taken."""
     with testing.provider(model=lambda request: request.prompt, auto=False) as provider:
-        ask("a")
-        (job,) = pllm.jobs()["job"]
-        pllm.abandon(job)
+        abandoned("a")
         between(lambda: pllm.recover("openai"))
         ask("a", "b")
         assert pllm.jobs(open_only=True)["requests"].to_list() == [1, 1]
@@ -149,9 +154,7 @@ def test_what_came_back_and_was_answered_meanwhile_is_not_asked_again(
     between: Callable[[Callable[[], object]], list[int]],
 ) -> None:
     with testing.provider(model=lambda request: request.prompt, auto=False) as provider:
-        ask("a")
-        (job,) = pllm.jobs()["job"]
-        pllm.abandon(job)
+        abandoned("a")
 
         def recovered() -> None:
             pllm.recover("openai")

@@ -144,6 +144,28 @@ def test_the_thread_that_starts_a_cluster_lives_as_long(monkeypatch: pytest.Monk
     cluster.disconnect()
 
 
+def test_the_thread_of_a_cluster_that_the_user_ended_goes_with_the_next_one(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    started: list[threading.Thread] = []
+
+    class Ray(FakeRay):
+        def init(self, **_: Any) -> None:
+            started.append(threading.current_thread())
+
+    monkeypatch.setattr(cluster, "_left", threading.Event())
+    for _ in range(3):
+        user = threading.Thread(target=cluster._init, args=(Ray(),))
+        user.start()
+        user.join()
+    for gone in started[:2]:
+        gone.join(5)
+    assert [thread.is_alive() for thread in started] == [False, False, True]
+    cluster._init(Ray())  # on the main thread, which stays by itself
+    started[2].join(5)
+    assert not started[2].is_alive()
+
+
 def test_what_keeps_a_cluster_from_starting_is_told_on_any_thread(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cluster, "_import", lambda: FakeRay(fails=RuntimeError("no room")))
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
